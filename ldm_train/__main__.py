@@ -1,0 +1,25 @@
+"""`python -m ldm_train experiment=...`: compose the config from `conf/`, then train."""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from ldm_train.config import ConfigError, conf_dir, register
+from ldm_train.train import train
+
+register()
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    """Run one job."""
+    try:
+        return train(cfg)
+    except ConfigError as error:
+        print(f"ldm_train: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

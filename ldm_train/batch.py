@@ -1,0 +1,41 @@
+"""The types that cross from `data/` to `stages/`: the only thing those two packages agree on.
+
+A batch is a plain dictionary of tensors and lists, so that a worker process can send it and Lightning can move it.
+"""
+
+from typing import NamedTuple, TypedDict
+
+from torch import Tensor
+
+
+class ImageTextBatch(TypedDict):
+    """B captioned images of one epoch.
+
+    Attributes:
+        image: (B, 3, H, W) float32 in [-1, 1].
+        caption: B strings; an empty string is a valid caption.
+        sample_id: (B,) int64, the sample's number in the data set's index. Together with the run's seed and the epoch
+            it keys every random draw made for the sample, see `ldm_train.randomness`.
+        epoch: the epoch the batch belongs to, a plain int; 0 in validation, so that validation noise never changes.
+        key: B strings, `<shard>/<__key__>`, to name a sample to a person.
+    """
+
+    image: Tensor
+    caption: list[str]
+    sample_id: Tensor
+    epoch: int
+    key: list[str]
+
+
+class Conditioning(NamedTuple):
+    """What a network is conditioned on besides the noisy latents and the time; `None` where an entry is unused.
+
+    Attributes:
+        context: (B, N, D) tokens, which enter by cross-attention.
+        vector: (B, E) pooled vector, added to the time embedding.
+        concat: (B, C, h, w) maps, concatenated to the latents.
+    """
+
+    context: Tensor | None = None
+    vector: Tensor | None = None
+    concat: Tensor | None = None

@@ -1,0 +1,36 @@
+"""What happens around training steps: averaging, judging, drawing, saving, measuring, guarding, tracking.
+
+The order in a config is the order of the calls, and it matters: `ThroughputMonitor` comes first (what follows a step is
+a pause), then `NonFiniteGuard`, `RunSummary` and `EMACallback`, then whatever samples, draws or saves.
+"""
+
+from ldm_train.callbacks.calibration import LatentCalibration
+from ldm_train.callbacks.checkpoints import AdapterExport, CheckpointWriter, RunRecord
+from ldm_train.callbacks.ema import EMACallback, evaluation_weights
+from ldm_train.callbacks.generation import SampleEvaluation
+from ldm_train.callbacks.guards import NonFiniteGuard, NonFiniteLossError
+from ldm_train.callbacks.image_grid import AdapterGrid, ReconstructionGrid
+from ldm_train.callbacks.progress import progress_bar
+from ldm_train.callbacks.summary import RunSummary
+from ldm_train.callbacks.throughput import ThroughputMonitor
+from ldm_train.callbacks.tracking import MetricsCSV, finish_wandb, wandb_logger
+
+__all__ = [
+    "AdapterExport",
+    "AdapterGrid",
+    "CheckpointWriter",
+    "EMACallback",
+    "LatentCalibration",
+    "MetricsCSV",
+    "NonFiniteGuard",
+    "NonFiniteLossError",
+    "ReconstructionGrid",
+    "RunRecord",
+    "RunSummary",
+    "SampleEvaluation",
+    "ThroughputMonitor",
+    "evaluation_weights",
+    "finish_wandb",
+    "progress_bar",
+    "wandb_logger",
+]

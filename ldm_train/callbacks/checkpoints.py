@@ -1,0 +1,97 @@
+"""What a run leaves behind to go on from: checkpoints, the record of its config, and adapter files.
+
+`checkpoints/last.ckpt` is always complete: a save writes a temporary file, flushes it, keeps the old one as
+`previous.ckpt` and takes its name. Saves happen after an optimizer step, never inside a validation, so raw weights are
+saved as raw and averaged ones as averaged.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from safetensors.torch import save_file
+
+from ldm_train.callbacks.ema import evaluation_weights
+from ldm_train.checkpoint import atomic_write, replace_durably
+from ldm_train.stages import LoRAFineTuning
+
+
+class CheckpointWriter(Checkpoint):
+    """Writes `last.ckpt` every so many optimizer steps and at the end, and keeps the one before.
+
+    Args:
+        directory: where checkpoints go.
+        every_n_steps: optimizer steps between saves.
+    """
+
+    def __init__(self, directory: str, every_n_steps: int) -> None:
+        if every_n_steps < 1:
+            raise ValueError(
+                f"every_n_steps is {every_n_steps}; allowed are whole numbers from 1; change "
+                "`callbacks.checkpoint.every_n_steps`"
+            )
+        self.directory = Path(directory)
+        self.every_n_steps = every_n_steps
+        self._saved_step = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The state a run resumes from needs no second save."""
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
+        """Save when an optimizer step has just completed the interval."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the final state."""
+        self._save(trainer, again=True)
+
+    def _save(self, trainer: L.Trainer, again: bool = False) -> None:
+        if trainer.global_step == self._saved_step and not again:
+            return
+        last, temporary = self.directory / "last.ckpt", self.directory / ".last.ckpt.tmp"
+        trainer.save_checkpoint(temporary)  # collective: every rank takes part, rank 0 writes
+        if trainer.is_global_zero:
+            if last.exists() and trainer.global_step != self._saved_step:
+                last.replace(self.directory / "previous.ckpt")
+            replace_durably(temporary, last)
+        self._saved_step = trainer.global_step
+
+
+class RunRecord(L.Callback):
+    """Puts the resolved config into every checkpoint, so that one file rebuilds the stage.
+
+    Args:
+        config: plain dictionaries, lists and values.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the config."""
+        checkpoint["config"] = self.config
+
+
+class AdapterExport(L.Callback):
+    """Writes the adapters alone, averaged if they are averaged, as safetensors at the end of training.
+
+    Args:
+        path: the file to write.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the file on rank 0."""
+        if not trainer.is_global_zero or not isinstance(pl_module, LoRAFineTuning):
+            return
+        with evaluation_weights(trainer, pl_module):
+            state = {name: value.cpu().clone() for name, value in pl_module.adapter_state().items()}
+        metadata = {"format": "ldm_train.lora", "base": pl_module.base_digest, "layers": json.dumps(pl_module.adapted)}
+        with atomic_write(self.path) as temporary:
+            save_file(state, temporary, metadata=metadata)

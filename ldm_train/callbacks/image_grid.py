@@ -1,0 +1,116 @@
+"""Sheets to look at: what the autoencoder makes of an image, and what adapters change.
+
+The images are always the same, so that two sheets can be laid side by side.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ldm_train.batch import ImageTextBatch
+from ldm_train.callbacks.drawing import Tile, labelled_rows
+from ldm_train.callbacks.ema import evaluation_weights
+from ldm_train.callbacks.generation import generated
+from ldm_train.callbacks.tracking import save_picture
+from ldm_train.metrics import to_uint8
+
+_COLUMNS = 8
+
+
+class ReconstructionGrid(L.Callback):
+    """Stage 1: the first validation images above their reconstructions, `reconstructions/step_<step>.png`.
+
+    Args:
+        run_dir: the run's directory.
+        num_images: how many images, from the first validation batches of rank 0.
+    """
+
+    def __init__(self, run_dir: str, num_images: int = 16) -> None:
+        self.directory = Path(run_dir) / "reconstructions"
+        self.num_images = num_images
+        self._images: list[Tensor] = []
+        self._loaded_step = 0
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, int]) -> None:
+        """The step that `task=validate` judges."""
+        self._loaded_step = checkpoint["global_step"]
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: ImageTextBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps the first images; validation shows them in a fixed order."""
+        missing = self.num_images - sum(map(len, self._images))
+        if missing > 0:
+            self._images.append(batch["image"][:missing])
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draws, with the weights that were just validated."""
+        images, self._images = self._images, []
+        if trainer.sanity_checking or not trainer.is_global_zero or not images:
+            return
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            decoded = torch.cat([pl_module.reconstruct(image) for image in images])  # type: ignore[operator]
+        step = self._loaded_step if trainer.state.fn == "validate" else trainer.global_step
+        pairs = {"image": to_uint8(torch.cat(images)), "decoded": to_uint8(decoded)}
+        title = f"Step {step}: validation images above their reconstructions"
+        picture = labelled_rows(*_interleaved(pairs, []), title)
+        save_picture(trainer, picture, self.directory / f"step_{step:07d}.png", "val/reconstructions", step)
+
+
+class AdapterGrid(L.Callback):
+    """Stage 3: reference, base model and adapted model, for the same captions and noise; `lora/before_after.png`.
+
+    Args:
+        run_dir: the run's directory.
+        num_images: how many of the training captions.
+    """
+
+    def __init__(self, run_dir: str, num_images: int = 8) -> None:
+        self.path = Path(run_dir) / "lora" / "before_after.png"
+        self.num_images = num_images
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draws the trained adapters."""
+        self.draw(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draws in `task=validate`."""
+        if trainer.state.fn == "validate":
+            self.draw(trainer, pl_module)
+
+    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draws the sheet, on rank 0."""
+        if not trainer.is_global_zero:
+            return
+        batch = next(iter(trainer.datamodule.reference_batches(self.num_images, self.num_images)))  # type: ignore[attr-defined]
+        with evaluation_weights(trainer, pl_module):
+            after = generated(trainer, pl_module, batch)
+            with pl_module.adapters_disabled():  # type: ignore[operator]
+                before = generated(trainer, pl_module, batch)
+        images = {"reference": to_uint8(batch["image"]), "before": before, "after": after}
+        title = "The same captions and noise, before and after the adapters"
+        picture = labelled_rows(*_interleaved(images, batch["caption"]), title)
+        save_picture(trainer, picture, self.path, "val/before_after", trainer.global_step)
+
+
+def _interleaved(images: Mapping[str, Tensor], captions: list[str]) -> tuple[list[list[Tile]], list[str]]:
+    """Rows of at most eight tiles, one row a kind, block below block; captions under a block's last row."""
+    rows, labels = [], []
+    kinds = list(images)
+    for start in range(0, len(images[kinds[0]]), _COLUMNS):
+        texts = captions[start : start + _COLUMNS]
+        for kind in kinds:
+            block = images[kind][start : start + _COLUMNS].cpu()
+            under = texts if kind == kinds[-1] and texts else [""] * len(block)
+            rows.append([Tile(image, text) for image, text in zip(block, under, strict=True)])
+            labels.append(kind)
+    return rows, labels

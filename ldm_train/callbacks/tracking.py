@@ -1,0 +1,211 @@
+"""Where figures and pictures go: Weights & Biases and a CSV file, on rank 0.
+
+W&B never asks a question: with an API key and a reachable server a run is online, otherwise it is recorded on disk
+(`wandb leet` shows it, `wandb sync` sends it later). The run's id is derived from its directory, so a requeued job
+continues the run it belongs to.
+
+`metrics.csv` is always there, needs nothing to read, and outlives a kill: each row is on disk when `save` returns, and
+a resumed run appends to it. A step that is replayed after a kill appears twice; the later row counts.
+"""
+
+import csv
+import os
+import socket
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from hashlib import sha1
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+from torch import Tensor
+
+
+def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float | Tensor], step: int) -> None:
+    """Gives figures that were measured outside a step to all loggers, and to `trainer.callback_metrics`.
+
+    Lightning's own `log` is forbidden in `on_train_start` and `on_train_end`, where a model is judged first and last.
+    """
+    values = {key: float(value) for key, value in metrics.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=step)
+        logger.save()
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+
+
+@rank_zero_only
+def save_picture(trainer: L.Trainer, picture: Image.Image, path: Path, key: str, step: int) -> None:
+    """Writes a PNG and shows it in W&B under `key`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key, [picture], step=step)
+
+
+def wandb_logger(
+    run_dir: str,
+    project: str,
+    name: str,
+    run_id: str,
+    group: str | None = None,
+    tags: list[str] | None = None,
+    offline: bool | None = None,
+) -> WandbLogger:
+    """A W&B logger that writes below `run_dir`, silently.
+
+    Args:
+        run_dir: the run's directory; its path decides the W&B id.
+        project: W&B project.
+        name: the experiment's name; shown with the run's id.
+        run_id: the run's id, which tells it from other runs of the experiment.
+        group: W&B group, for the runs of a sweep.
+        tags: W&B tags.
+        offline: null decides by itself: `WANDB_MODE` if it is set, else offline without a key or without a network.
+    """
+    import wandb
+
+    directory = Path(run_dir).absolute()
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        directory.mkdir(parents=True, exist_ok=True)
+    # Lightning's own `offline=True` would set WANDB_MODE for the whole process, hence for the next run of a sweep.
+    mode = os.environ.get("WANDB_MODE") if offline is None else None
+    logger = WandbLogger(
+        project=project,
+        name=f"{name} {run_id}",
+        save_dir=str(directory),
+        id=wandb_id(directory),
+        group=group,
+        tags=tags,
+        mode=mode or ("offline" if _must_be_offline(offline) else "online"),
+        settings=wandb.Settings(silent=True, console="off", disable_git=True),
+    )
+    logger._wandb_init.pop("anonymous", None)  # Lightning always passes it on, wandb 0.31 warns that it means nothing
+    return logger
+
+
+def wandb_id(run_dir: str | Path) -> str:
+    """The W&B id of a run: 12 hexadecimal digits of its directory's absolute path."""
+    return sha1(str(Path(run_dir).absolute()).encode()).hexdigest()[:12]
+
+
+def finish_wandb() -> None:
+    """Ends the process's W&B run, if there is one: a sweep's next run in this process must not write into it."""
+    if "wandb" in sys.modules and (run := sys.modules["wandb"].run) is not None:
+        run.finish()
+
+
+def _must_be_offline(offline: bool | None) -> bool:
+    if offline is not None:
+        return offline
+    server = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    host, port = server.hostname or "", server.port or (443 if server.scheme == "https" else 80)
+    return not (_has_key(host) and _reachable(host, port))
+
+
+def _has_key(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (FileNotFoundError, NetrcParseError, PermissionError):
+        return False
+
+
+def _reachable(host: str, port: int, timeout: float = 3.0) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=timeout):
+            return True
+    except OSError:
+        return False
+
+
+class MetricsCSV(Logger):
+    """Writes `metrics.csv` in the run directory: a row per call, a column per key, empty where a key was not logged.
+
+    Lightning's own CSV logger deletes the file of the run that it resumes.
+
+    Args:
+        run_dir: the run's directory.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        super().__init__()
+        self.path = Path(run_dir) / "metrics.csv"
+        self._columns: list[str] = []
+        self._rows: list[dict[str, float]] = []
+
+    @property
+    def name(self) -> str:
+        """The file's name: every logger has one."""
+        return self.path.name
+
+    @property
+    def version(self) -> str:
+        """The run directory's name."""
+        return self.path.parent.name
+
+    @property
+    def save_dir(self) -> str:
+        """The run directory."""
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: object, **kwargs: object) -> None:
+        """Nothing: the run directory holds the resolved config."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Keeps a row for the next `save`."""
+        self._rows.append({"step": -1 if step is None else step, **metrics})
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Appends the rows; a new key makes the file anew with one more column."""
+        if not self._rows:
+            return
+        if not self._columns:
+            self._columns = self._header()
+        new = sorted({key for row in self._rows for key in row} - set(self._columns))
+        if new:
+            self._add_columns(new)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self._columns).writerows(self._rows)
+        self._rows = []
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Saves what is left."""
+        self.save()
+
+    def _header(self) -> list[str]:
+        """The columns of the file that is there; a row that a kill cut short is ended."""
+        if not self.path.exists():
+            return []
+        text = self.path.read_text()
+        if text and not text.endswith("\n"):
+            self.path.write_text(text + "\n")
+        return next(csv.reader(text.splitlines()), [])
+
+    def _add_columns(self, new: list[str]) -> None:
+        """Replaces the file in one move, so that a kill leaves either the old one or the new one."""
+        rows = []
+        if self._columns:
+            with self.path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+        self._columns = sorted({*self._columns, *new} - {"step"})
+        self._columns.insert(0, "step")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)

@@ -1,0 +1,184 @@
+"""Checkpoints: plain tensors in, strict and safe loading out.
+
+A checkpoint is a dictionary of plain values and tensors, so `torch.load(weights_only=True)` reads it and no code in it
+can run. It holds the trained part of a stage's `state_dict`, the averaged weights under `ema`, the resolved config under
+`config`, and under `frozen` the digests of the parts that were trained elsewhere. Loading compares every name and shape
+and refuses with the whole difference.
+"""
+
+import hashlib
+import os
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_train.nn.ema import load_average
+
+_LISTED = 8
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success its content is on the disk and has the final name.
+
+    A reader sees the old file or the new one, never half of one, whenever the process or the machine stops.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        replace_durably(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_durably(source: Path, target: Path) -> None:
+    """Rename `source` to `target`, its content flushed to the disk before and its new name after."""
+    _flush(source)
+    os.replace(source, target)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_checkpoint(path: Path, key: str = "resume") -> dict[str, Any]:
+    """Read a checkpoint without running code from it.
+
+    Args:
+        path: the file.
+        key: the config key that named it, for errors.
+
+    Returns:
+        Its dictionary, on the CPU; tensors are mapped from the file and read when used.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged or holds more than plain tensors and values.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; allowed is a file that one of the stages has written "
+            f"(runs/<name>/<run_id>/checkpoints/last.ckpt); train that stage first, or change `{key}`"
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}); allowed are complete files of plain "
+            f"tensors and values; change `{key}`, or take `previous.ckpt` beside it"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} holds no `state_dict`; allowed is a checkpoint of one of the stages; change `{key}`")
+    return checkpoint
+
+
+def strict_load(module: nn.Module, state: Mapping[str, Tensor], allowed_missing: tuple[str, ...] = ()) -> None:
+    """Load a state dict of exactly the module's names and shapes.
+
+    Args:
+        module: takes the values.
+        state: name -> tensor.
+        allowed_missing: prefixes of names that may be absent: the frozen parts, exactly.
+
+    Raises:
+        ValueError: with the difference; the module is unchanged then.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state and not name.startswith(allowed_missing or ("\0",))]
+    unexpected = [name for name in state if name not in own]
+    shapes = [
+        f"{name}: {tuple(state[name].shape)}, must be {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            "the checkpoint does not fit this model:\n"
+            + _listed("missing", missing)
+            + _listed("unexpected", unexpected)
+            + _listed("other shape", shapes)
+            + "allowed are exactly the model's own names and shapes; compose the config the checkpoint was trained with "
+            "(groups `autoencoder`, `unet`, `conditioner`, `stage`), or name another checkpoint"
+        )
+    module.load_state_dict(dict(state), strict=False)
+
+
+def load_pretrained(module: nn.Module, checkpoint: str, prefix: str, key: str) -> nn.Module:
+    """Give a freshly built part the weights it has in a stage's checkpoint.
+
+    Args:
+        module: the part, as the config describes it.
+        checkpoint: path of the checkpoint.
+        prefix: the part's name in the stage, with its dot, such as `autoencoder.`.
+        key: the config key that named the checkpoint, for errors.
+
+    Returns:
+        The module.
+    """
+    state = read_checkpoint(Path(checkpoint), key)["state_dict"]
+    part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    strict_load(module, part)
+    return module
+
+
+def load_weights(stage: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Give a stage a checkpoint's weights for use: the averaged ones where there are any.
+
+    Args:
+        stage: a stage; its `on_load_checkpoint` compares names, shapes and the frozen parts' identity.
+        checkpoint: as `read_checkpoint` returns it.
+    """
+    stage.on_load_checkpoint(checkpoint)  # type: ignore[operator]
+    load_averaged(stage, checkpoint)
+
+
+def load_averaged(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Replace the raw weights by a checkpoint's averaged ones, if it has any."""
+    if "ema" in checkpoint:
+        load_average(module, checkpoint["ema"])
+
+
+def drop_prefixes(state: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """The entries whose names start with none of the prefixes."""
+    return {name: value for name, value in state.items() if not name.startswith(prefixes)}
+
+
+def digest(module: nn.Module) -> str:
+    """SHA-256 over the names, types and values of a module's state dict: its identity wherever its file lies."""
+    result = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        array = value.detach().cpu().contiguous()
+        result.update(f"{name}:{array.dtype}:{tuple(array.shape)}".encode())
+        result.update(array.flatten().view(torch.uint8).numpy().data)
+    return result.hexdigest()
+
+
+def check_digest(part: str, own: str, found: str | None, key: str) -> None:
+    """Refuse a checkpoint whose frozen part was another one; `key` is the config key that names this run's.
+
+    Raises:
+        ValueError: if the digests differ.
+    """
+    if own != found:
+        raise ValueError(
+            f"the checkpoint was trained with another {part} (sha256 {str(found)[:12]}) than this run loads "
+            f"({own[:12]}); allowed is the same one; change `{key}`, or start anew with another "
+            "`run_id` or `resume=never`"
+        )
+
+
+def _listed(title: str, names: Iterable[str]) -> str:
+    names = list(names)
+    more = f"    ... and {len(names) - _LISTED} more\n" if len(names) > _LISTED else ""
+    return f"  {title}: {len(names)}\n" + "".join(f"    {name}\n" for name in names[:_LISTED]) + more if names else ""

@@ -1,0 +1,65 @@
+"""Conditioners: from a batch to what the network is conditioned on.
+
+The contract is one method, `forward(batch, drop) -> Conditioning`. `drop` marks the examples whose condition is to be
+replaced by the null condition, so that one network learns both p(x | c) and p(x) (Ho and Salimans 2022, algorithm 1).
+The null condition has no second definition: it is what `forward` gives when everything is dropped.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from ldm_train.batch import Conditioning, ImageTextBatch
+from ldm_train.randomness import Stream, uniform
+
+
+class Conditioner(nn.Module, ABC):
+    """What all conditioners share: the drop rate and its keyed draw.
+
+    Args:
+        drop_rate: the share of training examples whose condition is dropped.
+
+    Raises:
+        ValueError: if the rate is no probability.
+    """
+
+    def __init__(self, drop_rate: float) -> None:
+        super().__init__()
+        if not 0.0 <= drop_rate <= 1.0:
+            raise ValueError(
+                f"drop_rate is {drop_rate}; allowed are 0 to 1 (0.1 is usual); change `conditioner.drop_rate`"
+            )
+        self.drop_rate = drop_rate
+
+    @abstractmethod
+    def forward(self, batch: ImageTextBatch, drop: Tensor | None = None) -> Conditioning:
+        """Condition on a batch.
+
+        Args:
+            batch: B examples.
+            drop: (B,) bool, true where the null condition is wanted; `None` drops nothing.
+
+        Returns:
+            The conditioning, whose tensors have B as first dimension.
+        """
+
+    def draw_drop(self, seed: int, epoch: int, sample_id: Tensor) -> Tensor:
+        """Which training examples lose their condition, a function of (seed, epoch, sample id): (B,) bool."""
+        return uniform(seed, epoch, sample_id, Stream.CONDITION_DROP) < self.drop_rate
+
+    def null(self, batch: ImageTextBatch) -> Conditioning:
+        """The null condition in the shapes of a batch."""
+        drop = torch.ones(len(batch["sample_id"]), dtype=torch.bool, device=batch["sample_id"].device)
+        return self(batch, drop)
+
+
+class NoConditioner(Conditioner):
+    """Conditions on nothing: for unconditional models."""
+
+    def __init__(self) -> None:
+        super().__init__(drop_rate=0.0)
+
+    def forward(self, batch: ImageTextBatch, drop: Tensor | None = None) -> Conditioning:
+        """An empty conditioning."""
+        return Conditioning()

@@ -1,0 +1,248 @@
+"""The config: its root, what is refused in it, and how its parts are built.
+
+A config is composed by Hydra from `conf/`; `_target_` names a class or function and the node's keys are its arguments.
+Before anything is built, and so before a device is touched, three kinds of mistakes are looked for and all reported at
+once: keys no callable takes, keys nobody has given a value, and plain values of the wrong type.
+"""
+
+import difflib
+import inspect
+import os
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import hydra
+import lightning as L
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from lightning.pytorch.loggers import Logger
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+
+from ldm_train.checkpoint import load_weights, read_checkpoint
+
+_INSTANTIATE_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+_TASKS = ("fit", "validate")
+_PARENTS_ARGUMENTS = {"trainer": {"callbacks", "logger"}}
+
+
+class ConfigError(ValueError):
+    """The config asks for something that cannot be; the message says what was found, what is allowed, which key."""
+
+
+@dataclass
+class Config:
+    """The root of every config: strangers beside these keys are refused by Hydra itself."""
+
+    name: str = MISSING
+    run_id: str = MISSING
+    seed: int = MISSING
+    image_size: int = MISSING
+    task: str = MISSING
+    resume: str = MISSING
+    metric: str = MISSING
+    paths: dict[str, str] = field(default_factory=dict)
+    data: Any = None
+    autoencoder: Any = None
+    unet: Any = None
+    conditioner: Any = None
+    schedule: Any = None
+    objective: Any = None
+    sampler: Any = None
+    guidance: Any = None
+    optimizer: Any = None
+    lr_scheduler: Any = None
+    stage: Any = None
+    trainer: Any = None
+    callbacks: Any = None
+    logger: Any = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The built parts of a run."""
+
+    stage: L.LightningModule
+    data: L.LightningDataModule
+    trainer: L.Trainer
+
+
+def register() -> None:
+    """Make the root schema and the resolvers known to Hydra; harmless when repeated."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    for name, resolver in (("absolute", os.path.abspath), ("asset", _asset), ("run_id", _run_id)):
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def conf_dir() -> Path:
+    """The directory of the configs: inside an installed wheel, or beside the package in a checkout."""
+    package = Path(str(files("ldm_train")))
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a config that cannot be built.
+
+    Raises:
+        ConfigError: with every mistake found.
+    """
+    mistakes = [f"`{key}` has no value; give it one: `{key}=...`" for key in sorted(OmegaConf.missing_keys(cfg))]
+    if not mistakes:
+        mistakes = unknown_keys(cfg)
+    if not mistakes and cfg.task not in _TASKS:
+        mistakes = [f"task is {cfg.task!r}; allowed are {' and '.join(_TASKS)}; change `task`"]
+    if mistakes:
+        raise ConfigError("the config cannot be run:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
+
+
+def unknown_keys(cfg: DictConfig) -> list[str]:
+    """Every key that its node's `_target_` does not take, that it needs and lacks, or whose value has a wrong type."""
+    mistakes: list[str] = []
+    for path, node in _target_nodes(cfg, ""):
+        target = str(node["_target_"])
+        try:
+            parameters = inspect.signature(hydra.utils.get_object(target)).parameters
+        except (ImportError, ValueError, TypeError) as error:
+            mistakes.append(f"`{path}._target_` is {target!r}, which cannot be imported: {error}; {_home(path)}")
+            continue
+        given = {str(key) for key in node} - _INSTANTIATE_KEYS
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            mistakes += [_unknown(path, key, target, list(parameters)) for key in sorted(given - set(parameters))]
+        if not node.get("_partial_", False):
+            given |= _PARENTS_ARGUMENTS.get(path, set())
+            mistakes += [
+                f"`{path}.{key}` is missing; {target} needs it; {_home(path)}" for key in _needed(parameters, given)
+            ]
+        mistakes += _wrong_types(path, node, target)
+    return mistakes
+
+
+def build(cfg: DictConfig, callbacks: tuple[L.Callback, ...] = ()) -> Run:
+    """Build the parts of a run; the one place where configs become objects.
+
+    Args:
+        cfg: a checked config.
+        callbacks: callbacks to add to the configured ones.
+
+    Raises:
+        ConfigError: if a constructor refuses its arguments.
+    """
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    data = _instantiate(cfg.data, "data")
+    stage = _instantiate(cfg.stage, "stage")
+    loggers: list[Logger] = [_instantiate(node, f"logger.{name}") for name, node in (cfg.logger or {}).items() if node]
+    watching = [_instantiate(node, f"callbacks.{name}") for name, node in (cfg.callbacks or {}).items() if node]
+    trainer = _instantiate(cfg.trainer, "trainer", callbacks=[*watching, *callbacks], logger=loggers or False)
+    return Run(stage, data, trainer)
+
+
+def load_run(path: Path) -> tuple[L.LightningModule, DictConfig]:
+    """Rebuild a stage from one checkpoint: its config is inside, its averaged weights are taken where it has them.
+
+    Returns:
+        The stage in evaluation mode, and the config.
+    """
+    checkpoint = read_checkpoint(path, key="--checkpoint")
+    if "config" not in checkpoint:
+        raise ConfigError(f"{path} holds no config; allowed are checkpoints written by a run of this package")
+    cfg = OmegaConf.create(checkpoint["config"])
+    assert isinstance(cfg, DictConfig)
+    stage = _instantiate(cfg.stage, "stage")
+    load_weights(stage, checkpoint)
+    return stage.eval(), cfg
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain dictionaries, fit for a checkpoint."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _instantiate(node: DictConfig, key: str, **given: object) -> Any:  # noqa: ANN401
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **given)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ValueError | RuntimeError | FileNotFoundError):
+            raise ConfigError(f"`{key}` cannot be built: {cause}") from cause
+        raise
+
+
+def _target_nodes(node: DictConfig | ListConfig, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """Nodes with a `_target_`, at their own home: a node reached by interpolation is checked where it stands."""
+    if isinstance(node, DictConfig) and "_target_" in node:
+        yield path, node
+    keys: Iterator[Any] = iter(node.keys()) if isinstance(node, DictConfig) else iter(range(len(node)))
+    for key in keys:
+        if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
+            continue
+        child = node[key]
+        if isinstance(child, DictConfig | ListConfig):
+            yield from _target_nodes(child, f"{path}.{key}" if path else str(key))
+
+
+def _unknown(path: str, key: str, target: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(key, allowed, n=1)
+    hint = f" (did you mean `{path}.{close[0]}`?)" if close else ""
+    return f"`{path}.{key}` is unknown to {target}{hint}; allowed are {', '.join(allowed)}; {_home(path)}"
+
+
+def _needed(parameters: Mapping[str, inspect.Parameter], given: set[str]) -> list[str]:
+    fixed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [n for n, p in parameters.items() if p.default is p.empty and p.kind not in fixed and n not in given]
+
+
+def _wrong_types(path: str, node: DictConfig, target: str) -> list[str]:
+    thing = hydra.utils.get_object(target)
+    # Only our own callables: annotations of other libraries often promise less than their code takes.
+    if not target.startswith("ldm_train."):
+        return []
+    hints = get_type_hints(thing.__init__ if inspect.isclass(thing) else thing)
+    return [
+        f"`{path}.{key}` is {node[key]!r}, {target} takes {_spelled(hints[key])}; {_home(path)}"
+        for key in node
+        if key in hints and not isinstance(node[key], DictConfig | ListConfig) and not _fits(node[key], hints[key])
+    ]
+
+
+def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401
+    """Whether a plain value can be an argument of an annotated type; what is not plain is left to the constructor."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool, type(None)):
+        return isinstance(value, hint)
+    return value is not None or hint is Any
+
+
+def _spelled(hint: Any) -> str:  # noqa: ANN401
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _home(path: str) -> str:
+    """The file a node comes from, where Hydra knows it."""
+    group = path.split(".")[0]
+    choice = HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
+    return f"see conf/{group}/{choice}.yaml" if choice else f"see conf/{group}/"
+
+
+def _asset(relative: str) -> str:
+    return str(Path(str(files("ldm_train"))) / "assets" / relative)
+
+
+def _run_id(default: str) -> str:
+    """`default` for a single run; in a multirun the job's own overrides, so that no two jobs share a directory."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return HydraConfig.get().job.override_dirname or default
+    return default

@@ -1,0 +1,348 @@
+"""Captioned images for training and validation, from shards on disk, resumable at any batch.
+
+Where training stands is counted from the batches that were *trained*: loaders fetch ahead, so what was fetched says
+nothing. Lightning hands a batch over (`on_before_batch_transfer`), trains it, and counts it as processed; the state
+moves past a batch only then. Every iteration of the loader begins at that state, whatever Lightning believes the epoch
+to be, so a resumed run sees exactly the batches an unbroken one would have seen.
+
+Lightning calls, on resume: `setup`, `load_state_dict`, `train_dataloader`, one `iter` of the loader.
+"""
+
+import json
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ldm_train import distributed
+from ldm_train.batch import ImageTextBatch
+from ldm_train.data.dataset import CROPS, INTERPOLATIONS, ImageOptions, ImageTextDataset, Quarantine
+from ldm_train.data.filters import Filter
+from ldm_train.data.index import CAPTION, IMAGE, METADATA, ShardIndex, build_index, expand_shards
+from ldm_train.data.sampler import BatchRequest, Position, ShuffledOrder, TrainingSampler, ValidationSampler
+
+_STATE_VERSION = 1
+_TRAINING, _VALIDATION = "training", "validation"
+
+
+def _start_worker(worker_id: int) -> None:
+    """Workers leave threads to their siblings, and signals to the main process, which must save before they go."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _as_is(batch: object) -> object:
+    return batch
+
+
+def _check(is_allowed: bool, key: str, found: object, rule: str) -> None:
+    if not is_allowed:
+        raise ValueError(f"`data.{key}` is {found!r}; it must be {rule}.")
+
+
+class ImageTextDataModule(L.LightningDataModule):
+    """Batches of captioned images from WebDataset shards.
+
+    Args:
+        shards: tar files: paths, globs and brace patterns, one or a list.
+        image_size: side of the square images in pixels.
+        batch_size: images per device and step.
+        seed: the run's seed: order and augmentation follow from it.
+        num_workers: loading processes per device; 0 loads in the main process.
+        val_fraction: share of the samples kept for validation, chosen by a hash of their keys.
+        val_shards: shards to validate on, instead of `val_fraction`.
+        val_batch_size: images per device and validation step; None is `batch_size`.
+        filters: which samples take part, see `ldm_train.data.filters`.
+        limit: take only the first samples that the filters keep; None takes all.
+        crop: `center`, or `random`: where the square is cut along the longer side.
+        flip: mirror half of the training images left to right.
+        interpolation: `bicubic` or `bilinear`.
+        caption_field: metadata field that holds the caption; None takes the `.txt`.
+        cache_decoded: keep decoded images in memory, in each loading process; for small data sets.
+        quarantine_dir: folder for the lists of damaged shards and undecodable images; None writes none.
+        max_bad_fraction: share of undecodable images at which the run stops.
+        max_pixels: width x height above which an image is refused as undecodable.
+        shuffle_groups: places of the data set that a batch mixes, see `ShuffledOrder`.
+        shuffle_window: samples that are permuted together, see `ShuffledOrder`.
+        prefetch_factor: batches that each worker prepares ahead.
+    """
+
+    def __init__(
+        self,
+        shards: str | Sequence[str],
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        val_fraction: float = 0.0,
+        val_shards: str | Sequence[str] | None = None,
+        val_batch_size: int | None = None,
+        filters: Sequence[Filter] | None = None,
+        limit: int | None = None,
+        crop: str = "center",
+        flip: bool = False,
+        interpolation: str = "bicubic",
+        caption_field: str | None = None,
+        cache_decoded: bool = False,
+        quarantine_dir: str | None = None,
+        max_bad_fraction: float = 0.01,
+        max_pixels: int = 1 << 26,
+        shuffle_groups: int = 64,
+        shuffle_window: int = 8192,
+        prefetch_factor: int = 2,
+    ) -> None:
+        super().__init__()
+        self.shards, self.val_shards, self.val_fraction = shards, val_shards, val_fraction
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        self.seed, self.filters, self.limit, self.cache_decoded = seed, list(filters or ()), limit, cache_decoded
+        self.shuffle_groups, self.shuffle_window = shuffle_groups, shuffle_window
+        self.max_bad_fraction, self.prefetch_factor = max_bad_fraction, prefetch_factor
+        self.quarantine_dir = None if quarantine_dir is None else Path(quarantine_dir)
+        self.options = ImageOptions(image_size, crop, flip, interpolation, max_pixels, caption_field)
+        self._check_arguments()
+        self._caches: dict[str, dict[int, tuple[Tensor, str]]] = {_TRAINING: {}, _VALIDATION: {}}
+        self._quarantines: list[Quarantine] = []
+        self._restored: dict[str, Any] | None = None
+        self._sampler: TrainingSampler | None = None
+        self._untrained = Position()
+        self._processed_before = -1
+
+    def _check_arguments(self) -> None:
+        options = asdict(self.options)
+        for key in ("batch_size", "val_batch_size", "limit", "shuffle_groups", "shuffle_window", "prefetch_factor"):
+            value = getattr(self, key)
+            _check(value is None or value > 0, key, value, "positive")
+        for key in ("image_size", "max_pixels"):
+            _check(options[key] > 0, key, options[key], "positive")
+        _check(self.num_workers >= 0, "num_workers", self.num_workers, "0 (load in the main process) or more")
+        _check(0 <= self.seed < 1 << 64, "seed", self.seed, "from 0 to 2^64 - 1 (it is the root key `seed`)")
+        _check(0.0 <= self.val_fraction < 1.0, "val_fraction", self.val_fraction, "at least 0 and below 1")
+        _check(not (self.val_fraction and self.val_shards), "val_fraction", self.val_fraction, "0 beside `val_shards`")
+        _check(0.0 <= self.max_bad_fraction <= 1.0, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
+        crop, interpolation = options["crop"], options["interpolation"]
+        _check(crop in CROPS, "crop", crop, f"one of {CROPS}")
+        _check(interpolation in INTERPOLATIONS, "interpolation", interpolation, f"one of {INTERPOLATIONS}")
+        _check(crop == "center" or not self.cache_decoded, "crop", crop, "center beside `cache_decoded`")
+
+    @cached_property
+    def _indices(self) -> tuple[ShardIndex, ShardIndex]:
+        index = self._build(self.shards, "data.shards")
+        if self.limit is not None:
+            index = index.select(np.arange(len(index)) < self.limit, f"the first {self.limit}")
+        held_out = np.zeros(len(index), dtype=bool)
+        training = index
+        if self.val_fraction:
+            held_out = index.key_hash("validation") < np.uint64(self.val_fraction * 2**64)
+            training = index.select(~held_out, f"all but {self.val_fraction} by key")
+        if self.val_shards:
+            validation = self._build(self.val_shards, "data.val_shards")
+        else:
+            validation = index.select(held_out, f"{self.val_fraction} by key")
+        if not len(training):
+            raise ValueError(
+                f"no training image is left: {len(index.damage)} damaged, refused {dict(index.refused)}. At least one "
+                "global batch is needed: see `data.shards`, `data.filters` and `data.val_fraction`."
+            )
+        if self.val_fraction and not len(validation):
+            raise ValueError(
+                f"none of {len(index)} images falls into the share {self.val_fraction} for validation. At least one "
+                "must: raise `data.val_fraction`, or set it to 0 to go without validation."
+            )
+        return training, validation
+
+    def _build(self, shards: str | Sequence[str], key: str) -> ShardIndex:
+        required = (IMAGE, CAPTION if self.options.caption_field is None else METADATA)
+        return build_index(expand_shards(shards, key), required).filtered(self.filters)
+
+    @property
+    def train_index(self) -> ShardIndex:
+        """The training samples."""
+        return self._indices[0]
+
+    @property
+    def val_index(self) -> ShardIndex:
+        """The validation samples; empty when there are none."""
+        return self._indices[1]
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images per training step on all devices."""
+        return self.batch_size * self._ranks[1]
+
+    @property
+    def bad_samples(self) -> int:
+        """Images that could not be decoded so far, in this process and its workers."""
+        return sum(quarantine.bad for quarantine in self._quarantines)
+
+    def summary(self) -> dict[str, object]:
+        """Plain facts for the start-up table."""
+        index = self.train_index
+        return {
+            "training images": len(index),
+            "validation images": len(self.val_index),
+            "shards": len(index.paths),
+            "damage found": len(index.damage),
+            "refused by filters": index.refused.total(),
+            "image size": self.options.image_size,
+            "batch size per device": self.batch_size,
+            "global batch size": self.global_batch_size,
+            "batches per epoch": len(index) // self.global_batch_size,
+            "workers per device": self.num_workers,
+            "fingerprint": index.fingerprint[:12],
+        }
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        return distributed.global_rank(), distributed.world_size()
+
+    def setup(self, stage: str) -> None:
+        """Build the index, name what is damaged, and forget the position of an earlier run."""
+        self._restored, self._sampler = None, None
+        damage = [*self.train_index.damage, *(self.val_index.damage if self.val_shards else ())]
+        if damage and self._ranks[0] == 0:
+            shown = "; ".join(f"{shard}: {reason}" for shard, reason in damage[:3])
+            warnings.warn(f"{len(damage)} damages in the shards were left out, the first being {shown}", stacklevel=2)
+            if self.quarantine_dir is not None:
+                self.quarantine_dir.mkdir(parents=True, exist_ok=True)
+                lines = (json.dumps(entry._asdict()) + "\n" for entry in damage)
+                (self.quarantine_dir / "damage.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def train_dataloader(self) -> DataLoader[ImageTextBatch]:
+        """This rank's training batches, beginning where training stands."""
+        if overfit_batches := getattr(self.trainer, "overfit_batches", 0):
+            raise ValueError(
+                f"`trainer.overfit_batches` is {overfit_batches}; it must be 0, because Lightning would "
+                "replace the order of the data. To train on few images set `data.limit`."
+            )
+        order = ShuffledOrder(self.train_index.starts, self.seed, self.shuffle_groups, self.shuffle_window)
+        self._sampler = TrainingSampler(order, self.batch_size, *self._ranks)
+        if self._restored:
+            self._restore(self._sampler, self._restored)
+        self._untrained, self._processed_before = self._sampler.position, -1
+        return self._loader(self._dataset(self.train_index, self.options, _TRAINING), self._sampler)
+
+    def val_dataloader(self) -> DataLoader[ImageTextBatch] | list[Any]:
+        """This rank's validation batches, the same in every epoch; an empty list without validation images."""
+        if not len(self.val_index):
+            return []
+        sampler = ValidationSampler(len(self.val_index), self.val_batch_size, *self._ranks)
+        return self._loader(self._dataset(self.val_index, self.options.plain(), _VALIDATION), sampler)
+
+    def reference_batches(self, count: int | None, batch_size: int) -> Iterator[ImageTextBatch]:
+        """A fixed subset of the training images without augmentation, in a fixed mixed order.
+
+        The order follows from a hash of the keys: neither seed, rank, epoch nor the spread over shards changes it.
+
+        Args:
+            count: images; None is all of them.
+            batch_size: images per batch; the last may be smaller.
+        """
+        rows = np.argsort(self.train_index.key_hash("reference"), kind="stable")[:count]
+        for begin in range(0, len(rows), batch_size):
+            yield self._references[BatchRequest(0, rows[begin : begin + batch_size])]
+
+    @cached_property
+    def _references(self) -> ImageTextDataset:
+        return self._dataset(self.train_index, self.options.plain(), _TRAINING, num_workers=0)
+
+    def _dataset(
+        self, index: ShardIndex, options: ImageOptions, split: str, num_workers: int | None = None
+    ) -> ImageTextDataset:
+        path = None if self.quarantine_dir is None else self.quarantine_dir / f"{split}-rank{self._ranks[0]}"
+        workers = self.num_workers if num_workers is None else num_workers
+        quarantine = Quarantine(path, self.max_bad_fraction, workers)
+        self._quarantines.append(quarantine)
+        cache = self._caches[split] if self.cache_decoded else None
+        return ImageTextDataset(index, options, self.seed, quarantine, cache)
+
+    def _loader(
+        self, dataset: ImageTextDataset, sampler: TrainingSampler | ValidationSampler
+    ) -> DataLoader[ImageTextBatch]:
+        return DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,  # the sampler asks for batches, and a worker makes one at a time
+            collate_fn=_as_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # else every iteration would draw from the run's own generator
+        )
+
+    def on_before_batch_transfer(self, batch: ImageTextBatch, dataloader_idx: int) -> ImageTextBatch:
+        """Lightning is about to train this batch: move the position past it, and keep the one before."""
+        if self._sampler is not None and self.trainer is not None and self.trainer.training:
+            self._untrained, self._processed_before = self._sampler.position, self._batch_progress.total.processed
+            self._sampler.advance(self.trainer.num_training_batches)
+        return batch
+
+    @property
+    def _batch_progress(self) -> Any:  # noqa: ANN401 (Lightning's annotation lacks `processed`)
+        assert self.trainer is not None
+        return self.trainer.fit_loop.epoch_loop.batch_progress
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands: a few integers, the same on every rank."""
+        if self._sampler is None or self.trainer is None:
+            return self._restored or {}
+        is_trained = self._batch_progress.total.processed > self._processed_before
+        epoch, samples = self._sampler.position if is_trained else self._untrained
+        batch = self._sampler.global_batch_size
+        return {**self._identity(), "epoch": epoch, "samples": samples, "global_batch_size": batch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state for `train_dataloader`; validation does not need it to fit."""
+        self._restored = state_dict
+
+    def _identity(self) -> dict[str, Any]:
+        """What the meaning of a position depends on."""
+        return {
+            "version": _STATE_VERSION,
+            "fingerprint": self.train_index.fingerprint,
+            "seed": self.seed,
+            "shuffle_groups": self.shuffle_groups,
+            "shuffle_window": self.shuffle_window,
+        }
+
+    def _restore(self, sampler: TrainingSampler, state: dict[str, Any]) -> None:
+        differences = [
+            f"{key} {state.get(key)!r} -> {value!r}"
+            for key, value in self._identity().items()
+            if state.get(key) != value
+        ]
+        if differences:
+            raise ValueError(
+                f"the checkpoint was trained on other data or in another order ({', '.join(differences)}). A resumed "
+                "run must keep `data.shards`, `data.filters`, `data.limit`, `data.val_fraction`, `data.shuffle_*` and "
+                "`seed`; to begin a new run instead set `resume=never` and another `run_id`."
+            )
+        # Lightning asks for a loader with a state of its own; ours begins where this state says.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+        sampler.position = Position(state["epoch"], state["samples"])
+        if not sampler.remaining:
+            sampler.position = Position(state["epoch"] + 1)
+        if self.trainer is not None and state["global_batch_size"] != sampler.global_batch_size:
+            self._recount_batches(sampler)
+
+    def _recount_batches(self, sampler: TrainingSampler) -> None:
+        """Tell Lightning how many batches of the *new* size lie behind: it ends the epoch at `len(sampler)`."""
+        behind = len(sampler) - (sampler.remaining if sampler.position.samples else 0)
+        progress = self._batch_progress.current
+        shift = behind - progress.processed if progress.processed else 0
+        for counter in ("ready", "started", "processed", "completed"):
+            setattr(progress, counter, getattr(progress, counter) + shift)

@@ -1,0 +1,84 @@
+"""Residual blocks and the changes of resolution between them: the convolutional half of every network here.
+
+    block(x, e) = skip(x) + conv(act(norm(conv(act(norm(x))) + W act(e))))
+
+with group normalisation, SiLU, and an optional time embedding e (Ho et al. 2020, appendix B).
+Letters: B batch, C channels, H and W height and width, E width of the time embedding.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_train.nn.attention import zero_initialised
+
+
+class ResidualBlock(nn.Module):
+    """Two normalised 3x3 convolutions around an optional time embedding, and a skip connection.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the result; a 1x1 convolution carries the skip where they differ.
+        embedding_channels: E; `None` for a block without time.
+        norm_groups: groups of the normalisations.
+        norm_epsilon: their epsilon: 1e-5 in the published U-Nets, 1e-6 in the autoencoders.
+        dropout: before the last convolution.
+        zero_init: start the last convolution at zero.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_channels: int | None = None,
+        norm_groups: int = 32,
+        norm_epsilon: float = 1e-5,
+        dropout: float = 0.0,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm_in = nn.GroupNorm(norm_groups, in_channels, eps=norm_epsilon)
+        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.embed = nn.Linear(embedding_channels, out_channels) if embedding_channels is not None else None
+        self.norm_out = nn.GroupNorm(norm_groups, out_channels, eps=norm_epsilon)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if zero_init:
+            zero_initialised(self.conv_out)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """`x` (B, C_in, H, W), `embedding` (B, E) or None: (B, C_out, H, W)."""
+        h = self.conv_in(F.silu(self.norm_in(x)))
+        if self.embed is not None and embedding is not None:
+            h = h + self.embed(F.silu(embedding))[:, :, None, None]
+        return self.skip(x) + self.conv_out(self.dropout(F.silu(self.norm_out(h))))
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a 3x3 convolution of stride 2.
+
+    Args:
+        channels: channels in and out.
+        symmetric: pad one pixel on every side, as the U-Nets do; otherwise only right and below, as the autoencoders do.
+    """
+
+    def __init__(self, channels: int, symmetric: bool) -> None:
+        super().__init__()
+        self.symmetric = symmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H/2, W/2)."""
+        return self.conv(x if self.symmetric else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double height and width: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, 2H, 2W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

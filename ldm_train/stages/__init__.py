@@ -1,0 +1,8 @@
+"""The three stages, each a LightningModule: the autoencoder, the latent diffusion model, LoRA fine-tuning."""
+
+from ldm_train.stages.autoencoder import AutoencoderStage
+from ldm_train.stages.latent_diffusion import LatentDiffusion
+from ldm_train.stages.lora import LoRAFineTuning
+from ldm_train.stages.optimization import warmup_constant, warmup_cosine
+
+__all__ = ["AutoencoderStage", "LatentDiffusion", "LoRAFineTuning", "warmup_constant", "warmup_cosine"]

@@ -1,0 +1,90 @@
+"""Stage 3: fine-tune a trained latent diffusion model by low-rank adapters (Hu et al. 2022).
+
+Stage 2 with other parameters: load the base model, put adapters into the U-Net, freeze all else, save adapters alone.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm_train.checkpoint import check_digest, digest, load_averaged, read_checkpoint, strict_load
+from ldm_train.conditioning import Conditioner
+from ldm_train.diffusion import ClassifierFreeGuidance, DDIMSampler, Denoiser, DiffusionObjective
+from ldm_train.nn import Autoencoder, inject_lora, lora_disabled, lora_layers, lora_state_dict
+from ldm_train.stages.latent_diffusion import LatentDiffusion
+from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory
+
+
+class LoRAFineTuning(LatentDiffusion):
+    """Trains adapters of a frozen latent diffusion model.
+
+    Args:
+        base_checkpoint: a checkpoint of stage 2; its averaged weights are taken where it has them.
+        targets: which linear layers of the U-Net are adapted, see `ldm_train.nn.inject_lora`.
+        rank: r.
+        alpha: the scale in W' = W + alpha B A.
+        denoiser: as in stage 2, as are all arguments that follow.
+        autoencoder: as in stage 2.
+        conditioner: as in stage 2; frozen.
+        objective: as in stage 2.
+        sampler: as in stage 2.
+        guidance: as in stage 2.
+        optimizer: as in stage 2.
+        lr_scheduler: as in stage 2.
+        seed: as in stage 2.
+    """
+
+    def __init__(
+        self,
+        base_checkpoint: str,
+        targets: str | Sequence[str],
+        rank: int,
+        alpha: float,
+        denoiser: Denoiser,
+        autoencoder: Autoencoder,
+        conditioner: Conditioner,
+        objective: DiffusionObjective,
+        sampler: DDIMSampler,
+        guidance: ClassifierFreeGuidance,
+        optimizer: OptimizerFactory,
+        lr_scheduler: SchedulerFactory | None,
+        seed: int,
+    ) -> None:
+        super().__init__(
+            denoiser, autoencoder, conditioner, objective, sampler, guidance, optimizer, lr_scheduler, seed
+        )
+        base = read_checkpoint(Path(base_checkpoint), key="stage.base_checkpoint")
+        super().on_load_checkpoint(base)
+        load_averaged(self, base)
+        self.base_digest = digest(self)
+        self.conditioner.requires_grad_(False)
+        self.adapted = inject_lora(self.denoiser.network, targets, rank, alpha)
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The adapters alone, named by the U-Net's layers."""
+        return lora_state_dict(self.denoiser.network)
+
+    def adapters_disabled(self) -> AbstractContextManager[None]:
+        """Inside, the stage is the base model."""
+        return lora_disabled(self.denoiser.network)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adapters and the base model's identity."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["frozen"] = {"base": self.base_digest}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse adapters of other layers or another base model."""
+        found = checkpoint.get("frozen", {}).get("base")
+        check_digest("base model", self.base_digest, found, "stage.base_checkpoint")
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        frozen = tuple(name for name in self.state_dict() if name not in trained)
+        strict_load(self, checkpoint["state_dict"], allowed_missing=frozen)
+
+    def num_adapters(self) -> int:
+        """How many layers are adapted."""
+        return sum(1 for _ in lora_layers(self.denoiser.network))

@@ -1,0 +1,115 @@
+"""From a config to a trained stage: check, build, resume, fit or validate, return the swept metric."""
+
+import ctypes
+import logging
+import os
+import platform
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from ldm_train.callbacks import RunRecord, finish_wandb
+from ldm_train.checkpoint import load_weights, read_checkpoint
+from ldm_train.config import ConfigError, Run, build, check, plain
+
+_log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Run one job.
+
+    Args:
+        cfg: the composed config.
+
+    Returns:
+        The value of `cfg.metric` at the end, for sweepers; `None` if the run did not log it.
+
+    Raises:
+        ConfigError: if the config is refused; nothing has been touched then.
+    """
+    check(cfg)
+    _refuse_sweep_of_subprocesses(cfg)
+    _keep_heap()
+    Path(cfg.paths.run_dir).mkdir(parents=True, exist_ok=True)
+    checkpoint = resume_path(cfg.resume, Path(cfg.paths.run_dir))
+    run = build(cfg, callbacks=(RunRecord(plain(cfg)),))
+    try:
+        if cfg.task == "validate":
+            _validate(run, checkpoint)
+        else:
+            _fit(run, checkpoint)
+    finally:
+        finish_wandb()
+    value = run.trainer.callback_metrics.get(cfg.metric)
+    return None if value is None else float(value)
+
+
+def resume_path(resume: str, run_dir: Path) -> Path | None:
+    """The checkpoint to go on from: `auto` finds the run's own, `never` starts anew, all else is a path."""
+    if resume == "never":
+        return None
+    if resume != "auto":
+        path = Path(resume).absolute()
+        if not path.is_file():
+            raise ConfigError(
+                f"there is no checkpoint at {path}; allowed are auto (go on where this run stopped), never (start anew) "
+                "and the path of a checkpoint; change `resume`"
+            )
+        return path
+    for name in ("last.ckpt", "previous.ckpt"):
+        path = run_dir / "checkpoints" / name
+        if path.is_file():
+            try:
+                read_checkpoint(path)
+            except ValueError as error:
+                _log.warning("%s; trying the one before", error)
+                continue
+            return path
+    return None
+
+
+def _fit(run: Run, checkpoint: Path | None) -> None:
+    if checkpoint is not None:
+        step = read_checkpoint(checkpoint)["global_step"]
+        _log.info("Resuming from step %d of %s", step, checkpoint)
+        if step >= run.trainer.max_steps >= 0:
+            _log.info("This run has all of its %d steps already; more need a larger `trainer.max_steps`", step)
+    run.trainer.fit(run.stage, datamodule=run.data, ckpt_path=checkpoint, weights_only=True)
+
+
+def _validate(run: Run, checkpoint: Path | None) -> None:
+    if checkpoint is None:
+        raise ConfigError(
+            "task=validate found no checkpoint; allowed is a path, or auto when this run has written one; change `resume`"
+        )
+    load_weights(run.stage, read_checkpoint(checkpoint))
+    _log.info("Validating the weights of %s", checkpoint)
+    run.trainer.validate(run.stage, datamodule=run.data)
+
+
+def _refuse_sweep_of_subprocesses(cfg: DictConfig) -> None:
+    """Lightning starts ranks by running this command again; in a multirun each would run the whole sweep again."""
+    launched = "SLURM_JOB_ID" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    devices = OmegaConf.select(cfg, "trainer.devices", default=1)
+    if multirun and not launched and str(devices) not in ("1", "auto"):
+        raise ConfigError(
+            f"a multirun with trainer.devices={devices}: each process that Lightning starts would run the whole sweep; "
+            "allowed are trainer.devices=1, `torchrun --nproc-per-node N -m ldm_train ...` without -m, or a sweep "
+            "submitted to SLURM; change `trainer.devices`"
+        )
+
+
+def _keep_heap() -> None:
+    """Ask glibc to keep freed memory.
+
+    Large temporaries are otherwise given back and faulted in again at each step, which makes a step on a CPU up to
+    twice as long. M_TRIM_THRESHOLD (-1) is the size above which the heap's free top is returned, M_MMAP_MAX (-4) the
+    number of blocks that may bypass the heap.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 2**31 - 1)
+        libc.mallopt(-4, 0)

@@ -1,0 +1,135 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ldm_train.data import (
+    BatchRequest,
+    ImageOptions,
+    ImageTextDataModule,
+    ImageTextDataset,
+    Quarantine,
+    TooManyBadSamplesError,
+    build_index,
+    expand_shards,
+)
+from ldm_train.data.index import IMAGE, METADATA
+from tests.data.conftest import encode, sample, write_tar
+
+WIDE = np.random.default_rng(1).integers(0, 256, (8, 24, 3), dtype=np.uint8)
+
+
+def with_bad(tmp_path, count, bad):
+    """Shards of `count` samples, of which those in `bad` hold no image."""
+    members = []
+    for number in range(count):
+        image, *rest = sample(number)
+        members += [(image[0], b"\x89PNG not really") if number in bad else image, *rest]
+    return write_tar(tmp_path / "bad.tar", members)
+
+
+def dataset_of(path, *, seed=0, fraction=1.0, quarantine=None, required=None, **options):
+    index = build_index(expand_shards(str(path)), **({"required": required} if required else {}))
+    return ImageTextDataset(index, ImageOptions(8, **options), seed, Quarantine(quarantine, fraction, 0))
+
+
+def fetch(dataset, rows, epoch=0):
+    return dataset[BatchRequest(epoch, np.asarray(rows))]
+
+
+def test_a_bad_sample_is_replaced_and_shifts_nothing(tmp_path):
+    good, bad = dataset_of(with_bad(tmp_path, 12, ())), dataset_of(with_bad(tmp_path / "b", 12, {3}))
+    expected, found = fetch(good, [1, 3, 5]), fetch(bad, [1, 3, 5])
+    substitute = int(found["sample_id"][1])
+    assert found["sample_id"].tolist() == [1, substitute, 5]
+    assert substitute != 3
+    assert torch.equal(found["image"][[0, 2]], expected["image"][[0, 2]])
+    assert torch.equal(found["image"][1], fetch(good, [substitute])["image"][0])
+    assert found["caption"][1] == f"caption {substitute}"
+    assert fetch(dataset_of(tmp_path / "b" / "bad.tar"), [3, 9])["sample_id"].tolist() == [substitute, 9]
+    assert {int(fetch(bad, [3], epoch)["sample_id"]) for epoch in range(6)} != {substitute}
+
+
+def test_failures_are_counted_and_each_is_named_once(tmp_path):
+    dataset = dataset_of(with_bad(tmp_path, 12, {3, 4}), quarantine=tmp_path / "quarantine" / "training-rank0")
+    for epoch in range(2):
+        fetch(dataset, [0, 3, 4, 5], epoch)
+    lines = (tmp_path / "quarantine" / "training-rank0-worker0.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert {entry["key"] for entry in entries} == {"bad/000003", "bad/000004"}
+    assert len(entries) == 2
+    assert all("UnidentifiedImageError" in entry["error"] for entry in entries)
+    assert dataset.quarantine.seen == 8
+    assert dataset.quarantine.bad >= 4
+
+
+def test_too_many_failures_stop_the_run(tmp_path):
+    dataset = dataset_of(with_bad(tmp_path, 40, set(range(0, 40, 4))), fraction=0.1)
+    with pytest.raises(TooManyBadSamplesError, match=r"11 of 12 samples .*10.00% may fail.*`data.max_bad_fraction`"):
+        fetch(dataset, [4] * 12)
+    tolerant = dataset_of(tmp_path / "bad.tar", fraction=0.5)
+    for epoch in range(12):
+        assert len(fetch(tolerant, range(40), epoch)["key"]) == 40
+    hopeless = dataset_of(with_bad(tmp_path / "all", 3, {0, 1, 2}))
+    with pytest.raises(TooManyBadSamplesError):
+        fetch(hopeless, [0])
+
+
+def test_failures_in_workers_are_counted_in_the_main_process(tmp_path):
+    path = with_bad(tmp_path, 12, {3})
+    options = {"image_size": 8, "batch_size": 2, "seed": 0, "quarantine_dir": str(tmp_path / "quarantine")}
+    datamodule = ImageTextDataModule(str(path), num_workers=2, **options)
+    batches = list(datamodule.train_dataloader())
+    alone = list(ImageTextDataModule(str(path), **options).train_dataloader())
+    assert [batch["key"] for batch in batches] == [batch["key"] for batch in alone]
+    assert datamodule.bad_samples >= 1
+    assert "000003" in "".join(file.read_text() for file in (tmp_path / "quarantine").glob("*.jsonl"))
+
+
+def test_augmentation_belongs_to_the_sample_and_the_epoch(tmp_path):
+    members = [m for number in range(16) for m in ((f"{number:02d}.png", encode(WIDE)), (f"{number:02d}.txt", b""))]
+    path = write_tar(tmp_path / "a.tar", members)
+    dataset = dataset_of(path, flip=True, crop="random")
+    together = fetch(dataset, range(16))["image"]
+    apart = torch.cat([fetch(dataset, [row])["image"] for row in reversed(range(16))]).flip(0)
+    assert torch.equal(together, apart)
+    assert len(torch.unique(together, dim=0)) > 8  # 17 places times 2
+    assert not torch.equal(together, fetch(dataset, range(16), epoch=1)["image"])
+    assert not torch.equal(together, fetch(dataset_of(path, seed=1, flip=True, crop="random"), range(16))["image"])
+    plain = fetch(dataset_of(path), range(16))["image"]
+    assert len(torch.unique(plain, dim=0)) == 1
+    expected = torch.from_numpy(WIDE[:, 8:16]).permute(2, 0, 1) / 127.5 - 1
+    assert torch.allclose(plain[0], expected, atol=1e-6)
+
+
+def test_half_of_the_images_are_flipped(tmp_path):
+    members = [m for n in range(400) for m in ((f"{n:03d}.png", encode(WIDE[:, :8])), (f"{n:03d}.txt", b""))]
+    dataset = dataset_of(write_tar(tmp_path / "a.tar", members), flip=True)
+    images = fetch(dataset, range(400))["image"]
+    mirrored = (images == images[0].flip(-1)).flatten(1).all(1).float().mean().item()
+    assert min(mirrored, 1 - mirrored) > 0.4  # four standard deviations of a fair coin
+
+
+def test_captions_come_from_the_chosen_place(tmp_path):
+    members = [
+        *sample(0),
+        *sample(1, text="  ünï  "),
+        sample(2)[0],
+        ("000002.txt", b" two\n"),
+        *sample(3, text=4),
+    ]
+    path = write_tar(tmp_path / "a.tar", members)
+    assert fetch(dataset_of(path), [0, 2])["caption"] == ["caption 0", "two"]
+    fields = dataset_of(path, required=(IMAGE, METADATA), caption_field="text")
+    batch = fetch(fields, [0, 1, 2])
+    assert batch["caption"][:2] == ["field 0", "ünï"]
+    assert int(batch["sample_id"][2]) != 2  # its field is a number, not a text
+    assert fields.quarantine.bad >= 1
+
+
+def test_captions_that_are_no_text_are_bad_samples(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [*sample(0), sample(1)[0], ("000001.txt", b"\xff\xfe\xfa")])
+    dataset = dataset_of(path)
+    assert fetch(dataset, [0, 1])["sample_id"].tolist() == [0, 0]
+    assert dataset.quarantine.bad >= 1

@@ -1,0 +1,188 @@
+import io
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm_train.data import transforms
+from ldm_train.data.transforms import ImageTooLargeError, crop_square, decode_rgb, flip_where, resize, to_signed_unit
+from tests.data.conftest import encode
+
+GENERATOR = np.random.default_rng(0)
+NOISE = GENERATOR.integers(0, 256, (12, 20, 3), dtype=np.uint8)
+SMOOTH = np.stack([*np.meshgrid(np.linspace(20, 220, 48), np.linspace(30, 200, 32)), np.full((32, 48), 90.0)], -1)
+SMOOTH = SMOOTH.round().astype(np.uint8)
+
+
+def decoded(data):
+    return decode_rgb(data).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_lossless_files_come_back_exactly(kind, options):
+    assert np.array_equal(decoded(encode(NOISE, kind, **options)), NOISE)
+
+
+@pytest.mark.parametrize(
+    "options", [{"quality": 95}, {"quality": 95, "progressive": True}, {"quality": 95, "subsampling": 0}]
+)
+def test_jpeg_is_close_and_equals_pillow(options):
+    data = encode(SMOOTH, "JPEG", **options)
+    assert np.abs(decoded(data).astype(int) - SMOOTH).max() <= 6
+    assert np.abs(decoded(data).astype(int) - np.asarray(Image.open(io.BytesIO(data)))).max() <= 2
+
+
+def test_both_routes_give_the_same_pixels(monkeypatch):
+    data = [encode(NOISE), encode(NOISE, "WEBP", lossless=True), encode(NOISE[..., 0])]
+    plain = [decoded(file) for file in data]
+    monkeypatch.setattr(transforms, "_is_plain", lambda image: False)
+    assert all(np.array_equal(a, decoded(file)) for a, file in zip(plain, data, strict=True))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_pictures_stand_upright(orientation, kind):
+    operation = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the Image.Transpose that undoes what a viewer will do
+    stored = Image.fromarray(SMOOTH)
+    if orientation > 1:
+        stored = stored.transpose(operation[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}, "PNG": {}}[kind]
+    found = decoded(encode(stored, kind, exif=exif, **options))
+    assert found.shape == SMOOTH.shape
+    assert np.abs(found.astype(int) - SMOOTH).max() <= 3
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True, "exact": True})])
+def test_transparency_lies_over_white(kind, options):
+    alpha = np.linspace(0, 255, NOISE[..., 0].size).reshape(NOISE.shape[:2]).round().astype(np.uint8)
+    found = decoded(encode(np.dstack([NOISE, alpha]), kind, **options))
+    share = alpha[..., None] / 255
+    assert np.abs(found - (NOISE * share + 255 * (1 - share))).max() <= 1
+    assert (found[0, 0] == 255).all()
+
+
+def test_transparent_palettes_and_colours_lie_over_white():
+    palette = Image.new("P", (4, 2), 1)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((0, 0), 0)
+    found = decoded(encode(palette, transparency=0))
+    assert found[0, 0].tolist() == [255] * 3
+    assert found[1, 1].tolist() == [40, 50, 60]
+    assert decoded(encode(palette))[0, 0].tolist() == [10, 20, 30]
+    coloured = decoded(encode(np.full((2, 2, 3), 9, dtype=np.uint8), transparency=(9, 9, 9)))
+    assert (coloured == 255).all()
+    grey = Image.fromarray(np.array([[0, 100]], dtype=np.uint8))
+    assert decoded(encode(grey, transparency=0))[0].tolist() == [[255] * 3, [100] * 3]
+    grey_alpha = Image.merge("LA", [Image.new("L", (1, 1), 100), Image.new("L", (1, 1), 0)])
+    assert decoded(encode(grey_alpha))[0, 0].tolist() == [255] * 3
+
+
+@pytest.mark.parametrize("mode", ["L", "1"])
+def test_grey_becomes_three_equal_channels(mode):
+    grey = Image.fromarray(NOISE).convert(mode)
+    expected = np.repeat(np.asarray(grey.convert("L"))[..., None], 3, axis=2)
+    assert np.array_equal(decoded(encode(grey)), expected)
+
+
+def test_sixteen_bits_keep_the_high_eight():
+    values = np.arange(0, 65536, 257 * 5, dtype=np.uint16).reshape(4, -1)
+    assert np.array_equal(decoded(encode(values))[..., 0], values >> 8)
+    rows = b"".join(b"\0" + np.repeat(row[:, None], 3, axis=1).astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    colour = b"\x89PNG\r\n\x1a\n" + b"".join(
+        map(chunk, (b"IHDR", b"IDAT", b"IEND"), (header, zlib.compress(rows), b""))
+    )
+    assert np.array_equal(decoded(colour)[..., 1], values >> 8)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_cmyk_is_converted():
+    data = encode(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG", quality=95)
+    assert np.abs(decoded(data).astype(int) - SMOOTH).mean() < 6
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_animations_give_their_first_frame(kind):
+    frames = [Image.new("RGB", (6, 6), colour) for colour in ((200, 0, 0), (0, 200, 0))]
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], duration=100, lossless=True)
+    assert (decoded(data) == [200, 0, 0]).all()
+
+
+def test_huge_claims_are_refused_before_decoding():
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    bomb = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
+        + chunk(b"IEND", b"")
+    )
+    begin = time.perf_counter()
+    with pytest.raises((ImageTooLargeError, Image.DecompressionBombError)):
+        decode_rgb(bomb)
+    assert time.perf_counter() - begin < 0.5
+    with pytest.raises(ImageTooLargeError, match=r"20 x 12 pixels are more than data.max_pixels=239"):
+        decode_rgb(encode(NOISE), max_pixels=239)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_damaged_files_raise(kind):
+    data = encode(NOISE, kind)
+    for broken in (b"", b"text", data[: len(data) // 2], data[:20]):
+        with pytest.raises((OSError, ValueError, RuntimeError, SyntaxError)):
+            decode_rgb(broken)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])
+def test_other_formats_are_refused(kind):
+    with pytest.raises(OSError, match="cannot identify"):
+        decode_rgb(encode(NOISE, kind))
+
+
+def test_crop_slides_along_the_longer_side():
+    image = torch.arange(7).expand(3, 4, 7)
+    for place, begin in ((0.0, 0), (0.24, 0), (0.26, 1), (0.5, 2), (0.9999999, 3)):
+        for turned in (image, image.transpose(1, 2)):
+            square = crop_square(turned, place)
+            assert square.shape == (3, 4, 4)
+            assert square.unique().tolist() == list(range(begin, begin + 4))
+    assert crop_square(torch.zeros(3, 4, 5), 0.5).shape == (3, 4, 4)
+    assert torch.equal(crop_square(image[..., :4], 0.7), image[..., :4])
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_resize_keeps_constants_means_and_equal_sizes(interpolation):
+    noise = torch.from_numpy(GENERATOR.integers(0, 256, (3, 64, 64), dtype=np.uint8))
+    assert torch.equal(resize(noise, 64, interpolation), noise)
+    assert (resize(torch.full((3, 50, 50), 77, dtype=torch.uint8), 16, interpolation) == 77).all()
+    small = resize(noise, 8, interpolation).float()
+    assert abs(small.mean() - noise.float().mean()) < 2
+    # Antialiasing averages 64 pixels: the deviation falls to about an eighth.
+    assert small.std() < noise.float().std() / 4
+    exact = torch.nn.functional.interpolate(noise[None].double(), (8, 8), mode=interpolation, antialias=True)[0]
+    assert (small - exact.clamp(0, 255)).abs().max() <= 1.5
+
+
+def test_flip_mirrors_the_chosen_images_only():
+    images = torch.from_numpy(GENERATOR.integers(0, 256, (4, 3, 5, 6), dtype=np.uint8))
+    choice = torch.tensor([True, False, True, False])
+    flipped = flip_where(images, choice)
+    assert torch.equal(flipped[1::2], images[1::2])
+    assert torch.equal(flipped[0, :, :, 0], images[0, :, :, -1])
+    assert torch.equal(flip_where(flipped, choice), images)
+
+
+def test_signed_unit_is_exact_at_the_ends_and_invertible():
+    values = torch.arange(256, dtype=torch.uint8)
+    signed = to_signed_unit(values)
+    assert (signed[0], signed[255], signed.dtype) == (-1.0, 1.0, torch.float32)
+    assert torch.equal(((signed + 1) * 127.5).round().to(torch.uint8), values)
+    assert torch.allclose(signed, -signed.flip(0), atol=1e-6)

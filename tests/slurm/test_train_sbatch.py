@@ -1,0 +1,126 @@
+"""`slurm/train.sbatch`: everything SLURM knows reaches the training, and what the training says reaches SLURM."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "slurm" / "train.sbatch"
+FAKE_SRUN = """#!/usr/bin/env python3
+import json, os, sys
+json.dump({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}, open(os.environ["RECORD"], "w"))
+sys.exit(int(os.environ.get("STATUS", "0")))
+"""
+JOB = {"SLURM_JOB_ID": "4242", "SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "4"}
+
+
+@pytest.fixture
+def submit(tmp_path):
+    """Run a copy of the script, as SLURM does, with an `srun` that records how it was called."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text(FAKE_SRUN)
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    (tmp_path / "repository" / "slurm").mkdir(parents=True)
+    spooled = tmp_path / "slurm_script"
+    shutil.copy(SCRIPT, spooled)
+
+    def run(*arguments, site="", **variables):
+        if site:
+            (tmp_path / "repository" / "slurm" / "site.sh").write_text(site)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SRUN"))}
+        environment |= {
+            "PATH": f"{tmp_path / 'bin'}:{environment['PATH']}",
+            "RECORD": str(tmp_path / "record.json"),
+            "SLURM_SUBMIT_DIR": str(tmp_path / "repository"),
+        }
+        environment |= JOB | variables
+        process = subprocess.run(["bash", spooled, *arguments], env=environment, capture_output=True, text=True)
+        record = tmp_path / "record.json"
+        return process, json.loads(record.read_text()) if record.exists() else None
+
+    return run
+
+
+def overrides(call) -> dict[str, object]:
+    """What Hydra reads from the arguments after `-m ldm_train`; the last of a name wins."""
+    argv = call["argv"]
+    after = argv[argv.index("ldm_train") + 1 :]
+    return {item.key_or_group: item.value() for item in OverridesParser.create().parse_overrides(after)}
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "site.example.sh"])
+def test_bash_can_read_it(script):
+    subprocess.run(["bash", "-n", ROOT / "slurm" / script], check=True)
+
+
+def test_directives_ask_for_requeue_and_for_a_signal_to_the_steps():
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", SCRIPT.read_text(), re.MULTILINE))
+    assert directives.keys() >= {"requeue", "nodes", "ntasks-per-node"}
+    assert directives["open-mode"] == "append"
+    assert directives["signal"] == "USR1@300"  # not B:, which would signal the batch shell alone
+    lines = SCRIPT.read_text().splitlines()
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    assert all(not line.startswith("#SBATCH") for line in lines[first_command:])  # SLURM would ignore them
+
+
+def test_every_variable_of_the_job_arrives(submit):
+    process, call = submit("experiment=demo", "data.batch_size=8")
+    assert process.returncode == 0, process.stderr
+    assert call["argv"][call["argv"].index("python") :][:3] == ["python", "-m", "ldm_train"]
+    assert overrides(call) == {
+        "trainer": "slurm",
+        "run_id": "4242",
+        "trainer.num_nodes": 3,
+        "trainer.devices": 4,
+        "experiment": "demo",
+        "data.batch_size": 8,
+    }
+    assert call["cwd"].endswith("repository")
+
+
+def test_array_tasks_have_their_own_stable_run_id(submit):
+    variables = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    runs = [submit(**variables, SLURM_RESTART_COUNT=str(restart))[1] for restart in (0, 1)]
+    # Unquoted, Hydra would read 12_3 as the number 123, the id of another job.
+    assert [overrides(call)["run_id"] for call in runs] == ["12_3", "12_3"]
+
+
+def test_the_users_overrides_win_and_keep_their_spaces(submit):
+    _, call = submit("run_id=again", "name='two words'", "trainer.devices=1")
+    assert overrides(call) | {"run_id": "again", "name": "two words", "trainer.devices": 1} == overrides(call)
+
+
+@pytest.mark.parametrize("status", [0, 1, 137])
+def test_exit_status_is_that_of_srun(submit, status):
+    assert submit(STATUS=str(status))[0].returncode == status
+
+
+def test_site_settings_reach_the_step(submit):
+    _, call = submit(site="export FROM_SITE=yes\nmodule() { echo $UNSET; }\nmodule load x\n")
+    assert call["env"]["FROM_SITE"] == "yes"
+
+
+def test_a_failing_site_file_stops_the_job(submit):
+    process, call = submit(site="return 7\n")
+    assert (process.returncode, call) == (7, None)
+
+
+def test_srun_is_told_the_cpus_per_task(submit):
+    assert submit(SLURM_CPUS_PER_TASK="6")[1]["env"]["SRUN_CPUS_PER_TASK"] == "6"
+    assert "SRUN_CPUS_PER_TASK" not in submit()[1]["env"]
+
+
+def test_master_port_is_left_to_lightning(submit):
+    assert "MASTER_PORT" not in submit()[1]["env"].keys() - os.environ.keys()
+
+
+def test_outside_slurm_it_says_so(tmp_path):
+    process = subprocess.run(["bash", SCRIPT], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert process.returncode != 0
+    assert "submit this script with sbatch" in process.stderr
