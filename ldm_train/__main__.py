@@ -5,7 +5,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from ldm_train.config import ConfigError, conf_dir, register
+from ldm_train.config import ConfigError, conf_dir, explain_override, register
 from ldm_train.train import train
 
 register()
@@ -22,4 +22,11 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as stop:
+        # Hydra prints that a key is unknown and exits while it handles that error; what is allowed, it does not say.
+        explanation = explain_override(stop.__context__)
+        if explanation:
+            print(f"ldm_train: {explanation}", file=sys.stderr)
+        raise

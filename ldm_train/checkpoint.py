@@ -1,9 +1,9 @@
 """Checkpoints: plain tensors in, strict and safe loading out.
 
 A checkpoint is a dictionary of plain values and tensors, so `torch.load(weights_only=True)` reads it and no code in it
-can run. It holds the trained part of a stage's `state_dict`, the averaged weights under `ema`, the resolved config under
-`config`, and under `frozen` the digests of the parts that were trained elsewhere. Loading compares every name and shape
-and refuses with the whole difference.
+can run. It holds the trained part of a stage's `state_dict`, the averaged weights under `ema`, the resolved config
+under `config`, and under `frozen` the digests of the parts that were trained elsewhere. Loading compares every name and
+shape and refuses with the whole difference.
 """
 
 import hashlib
@@ -75,8 +75,8 @@ def read_checkpoint(path: Path, key: str = "resume") -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise ValueError(
-            f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}); allowed are complete files of plain "
-            f"tensors and values; change `{key}`, or take `previous.ckpt` beside it"
+            f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}); allowed are complete files of "
+            f"plain tensors and values; change `{key}`, or take `previous.ckpt` beside it"
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} holds no `state_dict`; allowed is a checkpoint of one of the stages; change `{key}`")
@@ -108,8 +108,8 @@ def strict_load(module: nn.Module, state: Mapping[str, Tensor], allowed_missing:
             + _listed("missing", missing)
             + _listed("unexpected", unexpected)
             + _listed("other shape", shapes)
-            + "allowed are exactly the model's own names and shapes; compose the config the checkpoint was trained with "
-            "(groups `autoencoder`, `unet`, `conditioner`, `stage`), or name another checkpoint"
+            + "allowed are exactly the model's own names and shapes; compose the config the checkpoint was trained "
+            "with (groups `autoencoder`, `unet`, `conditioner`, `stage`), or name another checkpoint"
         )
     module.load_state_dict(dict(state), strict=False)
 

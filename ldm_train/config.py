@@ -19,15 +19,17 @@ import hydra
 import lightning as L
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ldm_train.checkpoint import load_weights, read_checkpoint
 
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 _TASKS = ("fit", "validate")
+_PLAIN_TYPES = (str, int, float, bool)
 _PARENTS_ARGUMENTS = {"trainer": {"callbacks", "logger"}}
 
 
@@ -91,7 +93,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: with every mistake found.
     """
-    mistakes = [f"`{key}` has no value; give it one: `{key}=...`" for key in sorted(OmegaConf.missing_keys(cfg))]
+    mistakes = [f"`{key}` has no value; give it one: `{key}=...`" for key in missing_keys(cfg)]
     if not mistakes:
         mistakes = unknown_keys(cfg)
     if not mistakes and cfg.task not in _TASKS:
@@ -100,10 +102,18 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError("the config cannot be run:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
 
 
+def missing_keys(cfg: DictConfig) -> list[str]:
+    """Every key that is left to the user, `???`, sorted; what refers to one of them is no mistake of its own."""
+    nodes = [(path, node) for path, node in _nodes(cfg, "") if isinstance(node, DictConfig)]
+    return sorted(_joined(path, key) for path, node in nodes for key in node if OmegaConf.is_missing(node, key))
+
+
 def unknown_keys(cfg: DictConfig) -> list[str]:
     """Every key that its node's `_target_` does not take, that it needs and lacks, or whose value has a wrong type."""
     mistakes: list[str] = []
-    for path, node in _target_nodes(cfg, ""):
+    for path, node in _nodes(cfg, ""):
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            continue
         target = str(node["_target_"])
         try:
             parameters = inspect.signature(hydra.utils.get_object(target)).parameters
@@ -120,6 +130,21 @@ def unknown_keys(cfg: DictConfig) -> list[str]:
             ]
         mistakes += _wrong_types(path, node, target)
     return mistakes
+
+
+def explain_override(error: BaseException | None) -> str | None:
+    """What is allowed in place of a key of the command line that Hydra did not find; `None` for all other errors."""
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) else None
+    if not isinstance(cause, ConfigKeyError | ConfigAttributeError) or cause.parent_node is None:
+        return None
+    path, _, key = str(cause.full_key).rpartition(".")
+    allowed, owner = [str(name) for name in cause.parent_node], f"the node `{path}`" if path else "the config"
+    if not allowed:
+        return f"`{path}` has no keys of its own; if it stands for another node (`${{...}}`), change that one's"
+    if "_target_" in allowed:
+        owner = str(cause.parent_node["_target_"])
+        allowed = list(inspect.signature(hydra.utils.get_object(owner)).parameters)
+    return None if key in allowed else _unknown(path, key, owner, allowed)
 
 
 def build(cfg: DictConfig, callbacks: tuple[L.Callback, ...] = ()) -> Run:
@@ -174,23 +199,26 @@ def _instantiate(node: DictConfig, key: str, **given: object) -> Any:  # noqa: A
         raise
 
 
-def _target_nodes(node: DictConfig | ListConfig, path: str) -> Iterator[tuple[str, DictConfig]]:
-    """Nodes with a `_target_`, at their own home: a node reached by interpolation is checked where it stands."""
-    if isinstance(node, DictConfig) and "_target_" in node:
-        yield path, node
+def _nodes(node: DictConfig | ListConfig, path: str) -> Iterator[tuple[str, DictConfig | ListConfig]]:
+    """All nodes, at their own home: a node reached by interpolation is checked where it stands."""
+    yield path, node
     keys: Iterator[Any] = iter(node.keys()) if isinstance(node, DictConfig) else iter(range(len(node)))
     for key in keys:
         if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
             continue
         child = node[key]
         if isinstance(child, DictConfig | ListConfig):
-            yield from _target_nodes(child, f"{path}.{key}" if path else str(key))
+            yield from _nodes(child, _joined(path, key))
 
 
-def _unknown(path: str, key: str, target: str, allowed: list[str]) -> str:
+def _joined(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _unknown(path: str, key: str, owner: str, allowed: list[str]) -> str:
     close = difflib.get_close_matches(key, allowed, n=1)
-    hint = f" (did you mean `{path}.{close[0]}`?)" if close else ""
-    return f"`{path}.{key}` is unknown to {target}{hint}; allowed are {', '.join(allowed)}; {_home(path)}"
+    hint = f" (did you mean `{_joined(path, close[0])}`?)" if close else ""
+    return f"`{_joined(path, key)}` is unknown to {owner}{hint}; allowed are {', '.join(allowed)}; {_home(path)}"
 
 
 def _needed(parameters: Mapping[str, inspect.Parameter], given: set[str]) -> list[str]:
@@ -207,22 +235,28 @@ def _wrong_types(path: str, node: DictConfig, target: str) -> list[str]:
     return [
         f"`{path}.{key}` is {node[key]!r}, {target} takes {_spelled(hints[key])}; {_home(path)}"
         for key in node
-        if key in hints and not isinstance(node[key], DictConfig | ListConfig) and not _fits(node[key], hints[key])
+        if key in hints and not _fits(node[key], hints[key])
     ]
 
 
 def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401
-    """Whether a plain value can be an argument of an annotated type; what is not plain is left to the constructor."""
+    """Whether a value can be an argument of an annotated type; what is not plain is left to the constructor."""
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(hint))
+    if isinstance(value, ListConfig):
+        return hint not in _PLAIN_TYPES
+    if isinstance(value, DictConfig):  # a part; or a mapping, which is no instance of a class
+        return "_target_" in value or not isinstance(hint, type)
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (str, bool, type(None)):
+    if hint in (*_PLAIN_TYPES, type(None)):
         return isinstance(value, hint)
+    if get_origin(hint) is not None:  # a sequence, a mapping, a callable
+        return False
     return value is not None or hint is Any
 
 
@@ -232,6 +266,8 @@ def _spelled(hint: Any) -> str:  # noqa: ANN401
 
 def _home(path: str) -> str:
     """The file a node comes from, where Hydra knows it."""
+    if not path:
+        return "see conf/config.yaml"
     group = path.split(".")[0]
     choice = HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
     return f"see conf/{group}/{choice}.yaml" if choice else f"see conf/{group}/"

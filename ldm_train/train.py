@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import platform
+import warnings
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -15,6 +16,15 @@ from ldm_train.checkpoint import load_weights, read_checkpoint
 from ldm_train.config import ConfigError, Run, build, check, plain
 
 _log = logging.getLogger(__name__)
+
+# What Lightning says on every run here although there is nothing to do about it; whatever else it says is heard.
+_USUAL_LINES = ("GPU available: ", "TPU available: ", "💡 Tip: For seamless cloud ")
+_USUAL_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"Found \d+ module\(s\) in eval mode at the start",  # frozen parts stay there
+    r"Total length of `list` across ranks is zero",  # no validation images; the start-up summary counts them
+)
+_SRUN_WARNING = "The `srun` command is available on your system but is not used"
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -31,6 +41,7 @@ def train(cfg: DictConfig) -> float | None:
     """
     check(cfg)
     _refuse_sweep_of_subprocesses(cfg)
+    _hush_lightning()
     _keep_heap()
     Path(cfg.paths.run_dir).mkdir(parents=True, exist_ok=True)
     checkpoint = resume_path(cfg.resume, Path(cfg.paths.run_dir))
@@ -54,8 +65,8 @@ def resume_path(resume: str, run_dir: Path) -> Path | None:
         path = Path(resume).absolute()
         if not path.is_file():
             raise ConfigError(
-                f"there is no checkpoint at {path}; allowed are auto (go on where this run stopped), never (start anew) "
-                "and the path of a checkpoint; change `resume`"
+                f"there is no checkpoint at {path}; allowed are auto (go on where this run stopped), never (start "
+                "anew) and the path of a checkpoint; change `resume`"
             )
         return path
     for name in ("last.ckpt", "previous.ckpt"):
@@ -82,10 +93,14 @@ def _fit(run: Run, checkpoint: Path | None) -> None:
 def _validate(run: Run, checkpoint: Path | None) -> None:
     if checkpoint is None:
         raise ConfigError(
-            "task=validate found no checkpoint; allowed is a path, or auto when this run has written one; change `resume`"
+            "task=validate found no checkpoint; allowed are a path, or auto when this run has written one; change "
+            "`resume`"
         )
-    load_weights(run.stage, read_checkpoint(checkpoint))
-    _log.info("Validating the weights of %s", checkpoint)
+    content = read_checkpoint(checkpoint)
+    load_weights(run.stage, content)
+    for callback in run.trainer.callbacks:  # type: ignore[attr-defined]
+        callback.on_load_checkpoint(run.trainer, run.stage, content)
+    _log.info("Validating the weights of step %d of %s", content["global_step"], checkpoint)
     run.trainer.validate(run.stage, datamodule=run.data)
 
 
@@ -100,6 +115,18 @@ def _refuse_sweep_of_subprocesses(cfg: DictConfig) -> None:
             "allowed are trainer.devices=1, `torchrun --nproc-per-node N -m ldm_train ...` without -m, or a sweep "
             "submitted to SLURM; change `trainer.devices`"
         )
+
+
+def _hush_lightning() -> None:
+    for message in _USUAL_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    if "SLURM_JOB_ID" not in os.environ:  # inside a job the advice is good
+        warnings.filterwarnings("ignore", _SRUN_WARNING)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_unusual)
+
+
+def _is_unusual(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_USUAL_LINES)
 
 
 def _keep_heap() -> None:

@@ -87,9 +87,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "f"
     with atomic_write(path) as temporary:
         temporary.write_text("old")
-    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def stop_halfway():
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stop_halfway()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -53,7 +53,8 @@ class CheckpointWriter(Checkpoint):
         if trainer.global_step == self._saved_step and not again:
             return
         last, temporary = self.directory / "last.ckpt", self.directory / ".last.ckpt.tmp"
-        trainer.save_checkpoint(temporary)  # collective: every rank takes part, rank 0 writes
+        # Collective: every rank takes part, rank 0 writes. `False` means: optimizers, loops and callbacks too.
+        trainer.save_checkpoint(temporary, weights_only=False)
         if trainer.is_global_zero:
             if last.exists() and trainer.global_step != self._saved_step:
                 last.replace(self.directory / "previous.ckpt")

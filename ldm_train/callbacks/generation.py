@@ -44,7 +44,7 @@ class SampleEvaluation(L.Callback):
         run_dir: the run's directory.
         extractor: the feature space of both figures.
         num_images: images to generate; a Frechet distance depends on it, so keep it fixed.
-        batch_size: images generated at a time on each rank.
+        batch_size: images generated at a time on each rank; `trainer.limit_val_batches` limits their number.
         every_n_steps: optimizer steps between two evaluations; null for the first and the last alone.
         num_real: real images to compare with; null for all training images.
         num_pairs: how many of the images enter the retrieval and the sheet.
@@ -62,10 +62,10 @@ class SampleEvaluation(L.Callback):
         num_pairs: int = 64,
         reference_statistics: str | None = None,
     ) -> None:
-        if num_images < max(2, num_pairs) or batch_size < 1:
+        if num_images < max(2, num_pairs) or batch_size < 2:
             raise ValueError(
                 f"found num_images={num_images}, num_pairs={num_pairs}, batch_size={batch_size}; allowed are "
-                "num_images >= max(2, num_pairs) and batch_size >= 1: change `callbacks.samples.num_images`, "
+                "num_images >= max(2, num_pairs) and batch_size >= 2: change `callbacks.samples.num_images`, "
                 "`callbacks.samples.num_pairs` or `callbacks.samples.batch_size`."
             )
         self.directory = Path(run_dir) / "samples"
@@ -130,9 +130,9 @@ class SampleEvaluation(L.Callback):
     def _generate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[Tile]:
         """Feeds both metrics with this rank's images and returns the sheet's tiles of all ranks."""
         tiles: list[Tile] = []
-        batches = _batches_of_rank(trainer, self.num_images, self.batch_size)
-        with evaluation_weights(trainer, pl_module), subtask(trainer, "images generated", self.num_images) as advance:
-            for rows, whole in batches:
+        count = self._count(trainer)
+        with evaluation_weights(trainer, pl_module), subtask(trainer, "images generated", count) as advance:
+            for rows, whole in _batches_of_rank(trainer, count, self.batch_size):
                 own = _select(whole, rows)
                 images = torch.zeros(whole["image"].shape, dtype=torch.uint8, device=pl_module.device)
                 if rows:
@@ -148,6 +148,11 @@ class SampleEvaluation(L.Callback):
                     tiles += [Tile(image, text) for image, text in zip(together, whole["caption"], strict=False)]
                 advance(len(whole["caption"]))
         return tiles
+
+    def _count(self, trainer: L.Trainer) -> int:
+        """Images to generate: where validation is limited to so many batches, no more than these hold."""
+        limit = trainer.limit_val_batches
+        return min(self.num_images, limit * self.batch_size) if isinstance(limit, int) else self.num_images
 
     def _prepare_reference(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sums the real images once a run, or takes their statistics from the file of an earlier one."""

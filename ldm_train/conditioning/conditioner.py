@@ -20,9 +20,14 @@ class Conditioner(nn.Module, ABC):
     Args:
         drop_rate: the share of training examples whose condition is dropped.
 
+    Attributes:
+        context_dim: width of the context tokens; `None` where it gives none.
+
     Raises:
         ValueError: if the rate is no probability.
     """
+
+    context_dim: int | None = None
 
     def __init__(self, drop_rate: float) -> None:
         super().__init__()

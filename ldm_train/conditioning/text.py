@@ -1,11 +1,14 @@
 """Text conditioners: captions to context tokens.
 
-`TransformerTextConditioner` is trained with the diffusion model, as in the first text-conditional latent diffusion models
-(Rombach et al. 2022, section 4.3.1): byte-pair tokens (open_clip's tokenizer), an embedding, a bidirectional transformer.
+`TransformerTextConditioner` is trained with the diffusion model, as in the first text-conditional latent diffusion
+models (Rombach et al. 2022, section 4.3.1): byte-pair tokens (open_clip's tokenizer), an embedding, a bidirectional
+transformer.
 
     context = LayerNorm(Transformer(E tokens + P)),   E: vocabulary x d embedding,  P: positions
+    vector  = mean of the context over the caption's own tokens
 
-A dropped caption is the empty caption. Letters: B batch, N tokens, D width.
+Padding is hidden from the transformer and from the mean. A dropped caption is the empty caption.
+Letters: B batch, N tokens, D width.
 """
 
 import open_clip
@@ -67,8 +70,12 @@ class TransformerTextConditioner(Conditioner):
         if drop is not None:
             captions = ["" if dropped else caption for caption, dropped in zip(captions, drop.tolist(), strict=True)]
         tokens = self.tokenizer(captions).to(self.position.device)  # (B, N)
+        # The end mark has the largest number of all tokens; what follows it is padding.
+        own = torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(dim=1, keepdim=True)  # (B, N)
         embedded = self.widen(self.embedding(tokens)) + self.position  # (B, N, D)
-        return Conditioning(context=self.norm(self.transformer(embedded)))
+        context = self.norm(self.transformer(embedded, src_key_padding_mask=~own))
+        vector = (context * own[..., None]).sum(1) / own.sum(1, keepdim=True)
+        return Conditioning(context=context, vector=vector)
 
     def token_count(self, caption: str) -> int:
         """How many tokens a caption takes, start and end marks included; above `context_length` it is cut."""

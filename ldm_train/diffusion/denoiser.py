@@ -2,9 +2,9 @@
 
     D(x_t, t, c) = E[x_0 | x_t, c]
 
-A network may be trained on the noise (epsilon), on the velocity (v) or on the data (x_0). The denoiser alone knows which;
-samplers and guidance see x_0 and the noise it implies, objectives ask for the training target. Anything callable as
-`denoiser(x_t, t, conditioning) -> Denoised` is a denoiser, so guidance can wrap one into another.
+A network may be trained on the noise (epsilon), on the velocity (v) or on the data (x_0). The denoiser alone knows
+which; samplers and guidance see x_0 and the noise it implies, objectives ask for the training target. Anything callable
+as `denoiser(x_t, t, conditioning) -> Denoised` is a denoiser, so guidance can wrap one into another.
 """
 
 from typing import Literal, NamedTuple, Protocol

@@ -1,6 +1,7 @@
 """The training objective: how far the network's prediction is from its target, and how much each time counts.
 
-L_simple (Ho et al. 2020, eq. 14) draws t uniformly and noise ~ N(0, I), and takes the mean square of target - prediction,
+L_simple (Ho et al. 2020, eq. 14) draws t uniformly and noise ~ N(0, I), and takes the mean square of
+target - prediction,
 
     L = E_{x_0, t, noise} [ w(t) || target - prediction ||^2 ],   w = 1
 
@@ -49,8 +50,8 @@ class DiffusionObjective(nn.Module):
         super().__init__()
         if min_snr_gamma is not None and min_snr_gamma <= 0:
             raise ValueError(
-                f"min_snr_gamma is {min_snr_gamma}; allowed are positive numbers (5 is usual) or null for no weighting; "
-                "change `objective.min_snr_gamma`"
+                f"min_snr_gamma is {min_snr_gamma}; allowed are positive numbers (5 is usual) or null for no "
+                "weighting; change `objective.min_snr_gamma`"
             )
         self.min_snr_gamma = min_snr_gamma
 

@@ -1,7 +1,7 @@
 """Samplers: from noise to data in a few evaluations of a denoiser.
 
-A sampler walks down a sequence of times T - 1 = t_0 > t_1 > ... and, at each, replaces x_t by a sample of an estimate of
-x_s, s the next time. With the denoiser's x_0 and noise (Song et al. 2021, eq. 12),
+A sampler walks down a sequence of times T - 1 = t_0 > t_1 > ... and, at each, replaces x_t by a sample of an estimate
+of x_s, s the next time. With the denoiser's x_0 and noise (Song et al. 2021, eq. 12),
 
     x_s = alpha_s x_0 + sqrt(sigma_s^2 - tau^2) noise + tau z,   z ~ N(0, I)
     tau = eta sqrt(variance of q(x_s | x_t, x_0))

@@ -3,7 +3,8 @@
 The forward process is a Markov chain of T steps that adds Gaussian noise of variance beta_t (Ho et al. 2020, eq. 2):
 
     q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)
-    q(x_t | x_0)     = N(alpha_t x_0, sigma_t^2 I),   alpha_t = sqrt(prod_{s<=t} (1 - beta_s)),  alpha_t^2 + sigma_t^2 = 1
+    q(x_t | x_0)     = N(alpha_t x_0, sigma_t^2 I)
+    alpha_t          = sqrt(prod_{s<=t} (1 - beta_s)),  alpha_t^2 + sigma_t^2 = 1
 
 Notation: `t` counts from 0 to T - 1, so `t = 0` is the paper's first noisy step. `alpha_t` and `sigma_t` scale signal
 and noise; the papers' alpha-bar is `alpha_t ** 2`. Tables are computed in float64 and kept in float64 on the host;

@@ -26,7 +26,7 @@ def retrieval_at_1(generated: Tensor, references: Tensor) -> Tensor:
     # Without matrix products equal references get equal distances, to the last bit.
     distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
     nearest = distances == distances.min(dim=1, keepdim=True).values
-    return (nearest.diagonal() / nearest.sum(dim=1)).mean()
+    return (nearest.diagonal().double() / nearest.sum(dim=1)).mean()
 
 
 class CaptionRetrieval(Metric):

@@ -12,6 +12,8 @@ Letters: B batch, C latent channels, H and W image height and width, h and w tho
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ class Level(nn.Module):
     def __init__(self, widths: Sequence[int], norm_groups: int, attention: bool, resample: nn.Module | None) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for c_in, c_out in zip(widths[:-1], widths[1:], strict=True):
+        for c_in, c_out in pairwise(widths):
             layers.append(ResidualBlock(c_in, c_out, None, norm_groups, _NORM_EPSILON))
             if attention:
                 layers.append(SpatialSelfAttention(c_out, norm_groups))
@@ -56,38 +58,38 @@ class Level(nn.Module):
         return self.resample(self.layers(x))
 
 
+@dataclass(frozen=True)
+class Pyramid:
+    """What encoder and decoder share; see `Autoencoder` for its fields."""
+
+    channels: int
+    channel_multipliers: tuple[int, ...]
+    num_res_blocks: int
+    attention_factors: tuple[int, ...]
+    middle_attention: bool
+    norm_groups: int
+
+    @property
+    def levels(self) -> list[tuple[int, int, bool]]:
+        """Number, width and attention of each level, the finest first."""
+        widths = [self.channels * multiplier for multiplier in self.channel_multipliers]
+        return [(level, width, 2**level in self.attention_factors) for level, width in enumerate(widths)]
+
+
 class Encoder(nn.Module):
     """Image (B, 3, H, W) to features (B, `out_channels`, h, w)."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        channels: int,
-        channel_multipliers: Sequence[int],
-        num_res_blocks: int,
-        attention_factors: Sequence[int],
-        middle_attention: bool,
-        norm_groups: int,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, shape: Pyramid) -> None:
         super().__init__()
-        widths = [channels * multiplier for multiplier in channel_multipliers]
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        groups, previous = shape.norm_groups, shape.channels
+        self.conv_in = nn.Conv2d(in_channels, previous, 3, padding=1)
         self.down = nn.ModuleList()
-        previous = channels
-        for level, width in enumerate(widths):
-            last = level == len(widths) - 1
-            self.down.append(
-                Level(
-                    [previous, *[width] * num_res_blocks],
-                    norm_groups,
-                    2**level in attention_factors,
-                    None if last else Downsample(width, symmetric=False),
-                )
-            )
+        for level, width, attention in shape.levels:
+            resample = Downsample(width, symmetric=False) if level < len(shape.levels) - 1 else None
+            self.down.append(Level([previous, *[width] * shape.num_res_blocks], groups, attention, resample))
             previous = width
-        self.middle = Middle(previous, norm_groups, middle_attention)
-        self.norm_out = nn.GroupNorm(norm_groups, previous, eps=_NORM_EPSILON)
+        self.middle = Middle(previous, groups, shape.middle_attention)
+        self.norm_out = nn.GroupNorm(groups, previous, eps=_NORM_EPSILON)
         self.conv_out = nn.Conv2d(previous, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,34 +103,17 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features (B, `in_channels`, h, w) to image (B, 3, H, W)."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        channels: int,
-        channel_multipliers: Sequence[int],
-        num_res_blocks: int,
-        attention_factors: Sequence[int],
-        middle_attention: bool,
-        norm_groups: int,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, shape: Pyramid) -> None:
         super().__init__()
-        widths = [channels * multiplier for multiplier in channel_multipliers]
-        previous = widths[-1]
+        groups, previous = shape.norm_groups, shape.levels[-1][1]
         self.conv_in = nn.Conv2d(in_channels, previous, 3, padding=1)
-        self.middle = Middle(previous, norm_groups, middle_attention)
+        self.middle = Middle(previous, groups, shape.middle_attention)
         self.up = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
-            self.up.append(
-                Level(
-                    [previous, *[width] * (num_res_blocks + 1)],
-                    norm_groups,
-                    2**level in attention_factors,
-                    Upsample(width) if level else None,
-                )
-            )
+        for level, width, attention in reversed(shape.levels):
+            resample = Upsample(width) if level else None
+            self.up.append(Level([previous, *[width] * (shape.num_res_blocks + 1)], groups, attention, resample))
             previous = width
-        self.norm_out = nn.GroupNorm(norm_groups, previous, eps=_NORM_EPSILON)
+        self.norm_out = nn.GroupNorm(groups, previous, eps=_NORM_EPSILON)
         self.conv_out = nn.Conv2d(previous, out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -172,18 +157,19 @@ class Autoencoder(nn.Module):
         super().__init__()
         if channels % norm_groups:
             raise ValueError(
-                f"channels are {channels}, which {norm_groups} normalisation groups do not divide; allowed are multiples "
-                "of the groups; change `autoencoder.channels` or `autoencoder.norm_groups`"
+                f"channels are {channels}, which {norm_groups} normalisation groups do not divide; allowed are "
+                "multiples of the groups; change `autoencoder.channels` or `autoencoder.norm_groups`"
             )
         moments = regularizer.moments_per_channel * latent_channels
-        shape = (channels, tuple(channel_multipliers), num_res_blocks, tuple(attention_factors), middle_attention)
+        multipliers, factors = tuple(channel_multipliers), tuple(attention_factors)
+        shape = Pyramid(channels, multipliers, num_res_blocks, factors, middle_attention, norm_groups)
         self.latent_channels = latent_channels
         self.downsampling_factor = 2 ** (len(channel_multipliers) - 1)
-        self.encoder = Encoder(in_channels, moments, *shape, norm_groups)
+        self.encoder = Encoder(in_channels, moments, shape)
         self.to_moments = nn.Conv2d(moments, moments, 1)
         self.regularizer = regularizer
         self.from_latents = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.decoder = Decoder(latent_channels, in_channels, *shape, norm_groups)
+        self.decoder = Decoder(latent_channels, in_channels, shape)
         self._known_calibrated = False
         statistics = torch.full((1, latent_channels, 1, 1), math.nan)
         self.register_buffer("latent_mean", statistics.clone())
@@ -199,8 +185,8 @@ class Autoencoder(nn.Module):
         height, width = x.shape[-2:]
         if height % self.downsampling_factor or width % self.downsampling_factor:
             raise ValueError(
-                f"images are {height} x {width}; allowed are multiples of {self.downsampling_factor}, the autoencoder's "
-                "downsampling factor f; change `image_size`, or choose another `autoencoder`"
+                f"images are {height} x {width}; allowed are multiples of {self.downsampling_factor}, the "
+                "autoencoder's downsampling factor f; change `image_size`, or choose another `autoencoder`"
             )
         return self.to_moments(self.encoder(x))
 

@@ -34,5 +34,12 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Times (B,) to (B, E)."""
-        first = self.layers[0]
-        return self.layers(sinusoidal_embedding(t, self.channels).to(first.weight.dtype))
+        dtype = next(self.layers.parameters()).dtype
+        return self.layers(sinusoidal_embedding(t, self.channels).to(dtype))
+
+
+class VectorEmbedding(nn.Sequential):
+    """A pooled vector (B, D) to the width E of the time embedding, to which it is added: Linear, SiLU, Linear."""
+
+    def __init__(self, dim: int, out_channels: int) -> None:
+        super().__init__(nn.Linear(dim, out_channels), nn.SiLU(), nn.Linear(out_channels, out_channels))

@@ -39,9 +39,9 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.alpha = alpha
         self.enabled = True
-        factory = {"device": base.weight.device, "dtype": torch.float32}
-        self.down = nn.Parameter(torch.empty(rank, base.in_features, **factory))
-        self.up = nn.Parameter(torch.zeros(base.out_features, rank, **factory))
+        device = base.weight.device
+        self.down = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
         # The rows of A have unit expected length, whatever the rank.
         nn.init.normal_(self.down, std=base.in_features**-0.5)
 
@@ -80,8 +80,8 @@ def inject_lora(module: nn.Module, targets: str | Sequence[str], rank: int, alph
     if not names:
         raise ValueError(
             f"lora targets {list(patterns)} match none of {len(linear)} linear layers (the first is "
-            f"{linear[0] if linear else 'missing'!r}); allowed are {', '.join(PRESETS)} or regular expressions of whole "
-            "layer names; change `stage.targets`"
+            f"{linear[0] if linear else 'missing'!r}); allowed are {', '.join(PRESETS)} or regular expressions of "
+            "whole layer names; change `stage.targets`"
         )
     for name in names:
         parent, _, child = name.rpartition(".")
@@ -95,8 +95,8 @@ def _patterns(targets: str | Sequence[str]) -> Sequence[str]:
         return targets
     if targets not in PRESETS:
         raise ValueError(
-            f"lora targets {targets!r} is no preset; allowed are {', '.join(PRESETS)} or a list of regular expressions; "
-            "change `stage.targets`"
+            f"lora targets {targets!r} is no preset; allowed are {', '.join(PRESETS)} or a list of regular "
+            "expressions; change `stage.targets`"
         )
     return PRESETS[targets]
 
@@ -133,9 +133,9 @@ def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
     ]
     if missing or unexpected or shapes:
         raise ValueError(
-            f"the LoRA file does not fit the adapted network: {len(missing)} keys missing {missing[:3]}, {len(unexpected)} "
-            f"unexpected {unexpected[:3]}, shapes {shapes[:3]}; allowed is a file of the same layers and rank; change "
-            "`stage.targets` and `stage.rank`"
+            f"the LoRA file does not fit the adapted network: {len(missing)} keys missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, shapes {shapes[:3]}; allowed is a file of the same layers "
+            "and rank; change `stage.targets` and `stage.rank`"
         )
     for name, layer in layers.items():
         layer.down.data.copy_(state[f"{name}.down"])

@@ -1,7 +1,7 @@
 """Regularizers: what keeps the latent space of an autoencoder small, between its encoder and its decoder.
 
-A regularizer turns the encoder's output into latents z with a loss on them. The Kullback-Leibler one (Kingma and Welling
-2014, appendix B) reads mean and log-variance of a diagonal Gaussian posterior from 2C channels,
+A regularizer turns the encoder's output into latents z with a loss on them. The Kullback-Leibler one (Kingma and
+Welling 2014, appendix B) reads mean and log-variance of a diagonal Gaussian posterior from 2C channels,
 
     z = mean + exp(logvar / 2) noise,     KL(q || N(0, I)) = 1/2 sum (mean^2 + exp(logvar) - 1 - logvar)
 

@@ -59,7 +59,7 @@ class Downsample(nn.Module):
 
     Args:
         channels: channels in and out.
-        symmetric: pad one pixel on every side, as the U-Nets do; otherwise only right and below, as the autoencoders do.
+        symmetric: pad one pixel on every side, as the U-Nets do; else only right and below, as the autoencoders do.
     """
 
     def __init__(self, channels: int, symmetric: bool) -> None:

@@ -1,14 +1,14 @@
 """The time-conditional U-Net with cross-attention (Rombach et al. 2022, section 3.3).
 
-A contracting path, a middle and an expanding path of residual blocks, each followed, at chosen resolutions, by a spatial
-transformer that attends to the context tokens. Every output of the contracting path is concatenated to the input of its
-mirror image in the expanding path. With the configuration of `conf/unet/sd1.yaml` this is the network of Stable
-Diffusion 1: 859,520,964 parameters in 686 tensors.
+A contracting path, a middle and an expanding path of residual blocks, each followed, at chosen resolutions, by a
+spatial transformer that attends to the context tokens. Every output of the contracting path is concatenated to the
+input of its mirror image in the expanding path. With the configuration of `conf/unet/sd1.yaml` this is the network of
+Stable Diffusion 1: 859,520,964 parameters in 686 tensors.
 
-Letters: B batch, C channels, h and w height and width of the latents, M context tokens of width D.
+Letters: B batch, C channels, h and w height and width of the latents, M context tokens of width D, E time embedding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm_train.batch import Conditioning
 from ldm_train.nn.attention import SpatialTransformer, zero_initialised
-from ldm_train.nn.embedding import TimeEmbedding
+from ldm_train.nn.embedding import TimeEmbedding, VectorEmbedding
 from ldm_train.nn.resnet import Downsample, ResidualBlock, Upsample
 
 
@@ -34,6 +34,38 @@ class UNetBlock(nn.Module):
         return x if self.transformer is None else self.transformer(x, context)
 
 
+class ContractingLevel(nn.Module):
+    """Blocks of one resolution, then an optional halving; every result is kept for the expanding path."""
+
+    def __init__(self, blocks: Iterable[UNetBlock], downsample: Downsample | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> list[Tensor]:
+        """`x` (B, C, h, w) to the results of its layers, the last for the next level."""
+        results = []
+        for block in self.blocks:
+            x = block(x, embedding, context)
+            results.append(x)
+        return results if self.downsample is None else [*results, self.downsample(x)]
+
+
+class ExpandingLevel(nn.Module):
+    """Blocks of one resolution that each take in a kept result, then an optional doubling."""
+
+    def __init__(self, blocks: Iterable[UNetBlock], upsample: Upsample | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.upsample = upsample
+
+    def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor, context: Tensor | None) -> Tensor:
+        """`x` (B, C, h, w) to the next level's shape; takes one of `skips` from the end for each block."""
+        for block in self.blocks:
+            x = block(torch.cat([x, skips.pop()], dim=1), embedding, context)
+        return x if self.upsample is None else self.upsample(x)
+
+
 class UNet(nn.Module):
     """Predicts from noisy latents, a time and a condition; what it predicts is the denoiser's affair.
 
@@ -43,8 +75,9 @@ class UNet(nn.Module):
         channels: width of the first level.
         channel_multipliers: width of each level in units of `channels`; every level but the last halves the resolution.
         num_res_blocks: residual blocks a level (one more when expanding).
-        attention_factors: the downsampling factors (1, 2, 4, ...) at which transformers stand; the middle always has one.
+        attention_factors: downsampling factors (1, 2, 4, ...) at which transformers stand; the middle always has one.
         context_dim: width D of the context tokens; `None` for no cross-attention.
+        vector_dim: width of the pooled vector that joins the time embedding; `None` ignores such a vector.
         num_heads: attention heads; exactly one of `num_heads` and `head_channels` is given.
         head_channels: channels of a head.
         transformer_depth: transformer blocks in each spatial transformer.
@@ -65,6 +98,7 @@ class UNet(nn.Module):
         num_res_blocks: int = 2,
         attention_factors: Sequence[int] = (1, 2, 4),
         context_dim: int | None = None,
+        vector_dim: int | None = None,
         num_heads: int | None = None,
         head_channels: int | None = None,
         transformer_depth: int = 1,
@@ -74,7 +108,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         _check(channels, norm_groups, num_heads, head_channels)
-        self.context_dim = context_dim
+        self.context_dim, self.vector_dim = context_dim, vector_dim
         self.downsampling_factor = 2 ** (len(channel_multipliers) - 1)
         embedding_channels = 4 * channels
 
@@ -88,6 +122,7 @@ class UNet(nn.Module):
 
         widths = [channels * multiplier for multiplier in channel_multipliers]
         self.time_embedding = TimeEmbedding(channels, embedding_channels)
+        self.vector_embedding = None if vector_dim is None else VectorEmbedding(vector_dim, embedding_channels)
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
 
@@ -95,10 +130,9 @@ class UNet(nn.Module):
         for level, level_width in enumerate(widths):
             attend, last = 2**level in attention_factors, level == len(widths) - 1
             inputs = [width] + [level_width] * (num_res_blocks - 1)
-            blocks = nn.ModuleList(block(c_in, level_width, attend) for c_in in inputs)
+            blocks = [block(c_in, level_width, attend) for c_in in inputs]
             width = level_width
-            resample = {} if last else {"downsample": Downsample(width, symmetric=True)}
-            self.down.append(nn.ModuleDict({"blocks": blocks} | resample))
+            self.down.append(ContractingLevel(blocks, None if last else Downsample(width, symmetric=True)))
             skips += [width] * (num_res_blocks + (not last))
 
         self.middle_in = block(width, width, attend=True)
@@ -106,11 +140,10 @@ class UNet(nn.Module):
 
         for level, level_width in reversed(list(enumerate(widths))):
             attend = 2**level in attention_factors
-            blocks = nn.ModuleList()
-            for _ in range(num_res_blocks + 1):
-                blocks.append(block(width + skips.pop(), level_width, attend))
-                width = level_width
-            self.up.append(nn.ModuleDict({"blocks": blocks} | ({"upsample": Upsample(width)} if level else {})))
+            inputs = [width] + [level_width] * num_res_blocks
+            blocks = [block(c_in + skips.pop(), level_width, attend) for c_in in inputs]
+            width = level_width
+            self.up.append(ExpandingLevel(blocks, Upsample(width) if level else None))
 
         self.norm_out = nn.GroupNorm(norm_groups, channels, eps=1e-5)
         self.conv_out = zero_initialised(nn.Conv2d(channels, out_channels, 3, padding=1))
@@ -121,44 +154,45 @@ class UNet(nn.Module):
         Args:
             x_t: (B, C, h, w) latents; h and w divisible by `downsampling_factor`.
             t: (B,) int64 times.
-            conditioning: its `context` (B, M, D) is attended to, its `concat` (B, C', h, w) joins the latents.
+            conditioning: its `context` (B, M, D) is attended to, its `vector` (B, V) joins the time embedding, its
+                `concat` (B, C', h, w) the latents.
 
         Returns:
             (B, out_channels, h, w).
         """
         self._check_input(x_t, conditioning)
         embedding = self.time_embedding(t)  # (B, E)
+        if self.vector_embedding is not None and conditioning.vector is not None:
+            embedding = embedding + self.vector_embedding(conditioning.vector)
         x = x_t if conditioning.concat is None else torch.cat([x_t, conditioning.concat], dim=1)
-        x = self.conv_in(x)  # (B, channels, h, w)
-        skips = [x]
+        skips = [self.conv_in(x)]  # (B, channels, h, w)
         for level in self.down:
-            for block in level["blocks"]:
-                x = block(x, embedding, conditioning.context)
-                skips.append(x)
-            if "downsample" in level:
-                x = level["downsample"](x)
-                skips.append(x)
-        x = self.middle_out(self.middle_in(x, embedding, conditioning.context), embedding, None)
+            skips += level(skips[-1], embedding, conditioning.context)
+        x = self.middle_in(skips[-1], embedding, conditioning.context)
+        x = self.middle_out(x, embedding, None)
         for level in self.up:
-            for block in level["blocks"]:
-                x = block(torch.cat([x, skips.pop()], dim=1), embedding, conditioning.context)
-            if "upsample" in level:
-                x = level["upsample"](x)
+            x = level(x, skips, embedding, conditioning.context)
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def _check_input(self, x_t: Tensor, conditioning: Conditioning) -> None:
         height, width = x_t.shape[-2:]
         if height % self.downsampling_factor or width % self.downsampling_factor:
             raise ValueError(
-                f"latents are {height} x {width}; allowed are multiples of {self.downsampling_factor}, because the U-Net "
-                "halves them once a level; change `image_size`, or `unet.channel_multipliers` (one entry a level)"
+                f"latents are {height} x {width}; allowed are multiples of {self.downsampling_factor}, because the "
+                "U-Net halves them once a level; change `image_size`, or `unet.channel_multipliers` (one entry a level)"
             )
-        found = None if conditioning.context is None else conditioning.context.shape[-1]
-        if found != self.context_dim:
-            raise ValueError(
-                f"the conditioner gives context of width {found}; the U-Net takes {self.context_dim}; "
-                "change `unet.context_dim` or the `conditioner`"
-            )
+        _check_width("context", conditioning.context, self.context_dim)
+        if self.vector_dim is not None:
+            _check_width("vector", conditioning.vector, self.vector_dim)
+
+
+def _check_width(name: str, entry: Tensor | None, allowed: int | None) -> None:
+    found = None if entry is None else entry.shape[-1]
+    if found != allowed:
+        raise ValueError(
+            f"the conditioner gives a {name} of width {found}; the U-Net takes {allowed}; "
+            f"change `unet.{name}_dim` or the `conditioner`"
+        )
 
 
 def _check(channels: int, norm_groups: int, num_heads: int | None, head_channels: int | None) -> None:
@@ -169,6 +203,6 @@ def _check(channels: int, norm_groups: int, num_heads: int | None, head_channels
         )
     if channels % norm_groups:
         raise ValueError(
-            f"channels are {channels}, which {norm_groups} normalisation groups do not divide; allowed are multiples of "
-            "the groups; change `unet.channels` or `unet.norm_groups`"
+            f"channels are {channels}, which {norm_groups} normalisation groups do not divide; allowed are multiples "
+            "of the groups; change `unet.channels` or `unet.norm_groups`"
         )

@@ -1,13 +1,14 @@
 """Stage 1: train the autoencoder (Rombach et al. 2022, section 3.1).
 
-One step encodes a batch, draws latents from the posterior with the samples' own noise, decodes, and compares. Validation
-takes the posterior's mode, so its figures have no chance in them.
+One step encodes a batch, draws latents from the posterior with the samples' own noise, decodes, and compares.
+Validation takes the posterior's mode, so its figures have no chance in them.
 """
 
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
@@ -80,7 +81,7 @@ class AutoencoderStage(L.LightningModule):
         moments = self.autoencoder.moments(image).float()
         return self.autoencoder.regularizer.mode(moments), self.autoencoder.regularizer.variance(moments)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over the autoencoder."""
         return optimizers(self, self.optimizer, self.lr_scheduler)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from ldm_train.batch import ImageTextBatch
@@ -39,6 +40,7 @@ class LatentDiffusion(L.LightningModule):
 
     Raises:
         RuntimeError: if the autoencoder is not calibrated.
+        ValueError: if the conditioner's context is not as wide as the network's cross-attention.
     """
 
     def __init__(
@@ -55,6 +57,12 @@ class LatentDiffusion(L.LightningModule):
     ) -> None:
         super().__init__()
         autoencoder.require_calibration()
+        if conditioner.context_dim != denoiser.network.context_dim:
+            raise ValueError(
+                f"the conditioner gives context of width {conditioner.context_dim}, the network attends to width "
+                f"{denoiser.network.context_dim}; allowed are equal widths; change `conditioner.context_dim` or "
+                "`unet.context_dim`"
+            )
         self.denoiser = denoiser
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.conditioner = conditioner
@@ -97,11 +105,11 @@ class LatentDiffusion(L.LightningModule):
             (B, 3, H, W) in [-1, 1].
         """
         denoiser = self.guidance(self.denoiser, self.conditioner.null(batch))
-        x_T = self._keyed_normal(batch, 0, seeds, Stream.SAMPLING)  # noqa: N806
+        x_T = self._keyed_normal(batch, 0, seeds, Stream.SAMPLING)
         latents = self.sampler(denoiser, x_T, self.conditioner(batch), self.seed, seeds)
         return self.autoencoder.decode(latents).clamp(-1.0, 1.0)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over all trainable parameters."""
         return optimizers(self, self.optimizer, self.lr_scheduler)
 

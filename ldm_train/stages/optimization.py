@@ -9,6 +9,7 @@ optimizer's rate by a factor of the step s,
 import math
 from collections.abc import Callable, Iterable
 
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -19,7 +20,7 @@ SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 def optimizers(
     module: nn.Module, optimizer: OptimizerFactory, lr_scheduler: SchedulerFactory | None
-) -> dict[str, object]:
+) -> OptimizerLRScheduler:
     """What `configure_optimizers` returns: the trainable parameters' optimizer, its curve stepped every step."""
     built = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
     if lr_scheduler is None:
@@ -33,7 +34,7 @@ def warmup_constant(optimizer: Optimizer, warmup_steps: int) -> LRScheduler:
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, final_factor: float = 0.0) -> LRScheduler:
-    """Linear warm-up, then a half cosine (Loshchilov and Hutter 2017, eq. 5) down to `final_factor` at `total_steps`."""
+    """Linear warm-up, then a half cosine (Loshchilov and Hutter 2017, eq. 5) to `final_factor` at `total_steps`."""
     if total_steps <= warmup_steps:
         raise ValueError(
             f"total_steps is {total_steps} and warmup_steps {warmup_steps}; allowed are more steps in all than in the "

@@ -39,5 +39,5 @@ def test_scale_one_is_the_conditional_denoiser_itself():
 
 
 def test_a_negative_scale_is_refused():
-    with pytest.raises(ValueError, match="change `guidance.scale`"):
+    with pytest.raises(ValueError, match=r"change `guidance\.scale`"):
         ClassifierFreeGuidance(-1.0)

@@ -70,7 +70,7 @@ def test_sizes_that_do_not_divide_are_refused(autoencoder):
 
 
 def test_groups_must_divide_the_channels():
-    with pytest.raises(ValueError, match="change `autoencoder.channels`"):
+    with pytest.raises(ValueError, match=r"change `autoencoder\.channels`"):
         Autoencoder(KLRegularizer(), **(SMALL | {"channels": 20}))
 
 

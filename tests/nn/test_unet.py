@@ -6,7 +6,7 @@ from ldm_train.nn import UNet
 
 SMALL = {
     "in_channels": 4, "out_channels": 4, "channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1,
-    "attention_factors": (1, 2), "context_dim": 16, "num_heads": 2, "norm_groups": 16,
+    "attention_factors": (1, 2), "context_dim": 16, "vector_dim": 12, "num_heads": 2, "norm_groups": 16,
 }  # fmt: skip
 
 
@@ -23,7 +23,8 @@ def randomised(unet, seed=0):
 def inputs(batch=3, channels=4, size=8, tokens=5):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, channels, size, size, generator=generator)
-    return x, torch.tensor([0, 10, 900])[:batch], Conditioning(torch.randn(batch, tokens, 16, generator=generator))
+    context, vector = torch.randn(batch, tokens, 16, generator=generator), torch.randn(batch, 12, generator=generator)
+    return x, torch.tensor([0, 10, 900])[:batch], Conditioning(context, vector)
 
 
 @pytest.mark.parametrize(
@@ -48,12 +49,12 @@ def test_examples_do_not_mix():
     x, t, conditioning = inputs()
     whole = unet(x, t, conditioning)
     single = torch.cat(
-        [unet(x[i : i + 1], t[i : i + 1], Conditioning(conditioning.context[i : i + 1])) for i in range(3)]
+        [unet(x[i : i + 1], t[i : i + 1], Conditioning(*(c[i : i + 1] for c in conditioning[:2]))) for i in range(3)]
     )
     torch.testing.assert_close(whole, single, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("changed", ["x", "t", "context"])
+@pytest.mark.parametrize("changed", ["x", "t", "context", "vector"])
 def test_every_input_reaches_the_output(changed):
     unet = randomised(UNet(**SMALL)).eval()
     x, t, conditioning = inputs()
@@ -63,7 +64,7 @@ def test_every_input_reaches_the_output(changed):
     elif changed == "t":
         t = t.flip(0)
     else:
-        conditioning = Conditioning(conditioning.context.flip(0))
+        conditioning = conditioning._replace(**{changed: getattr(conditioning, changed).flip(0)})
     assert (unet(x, t, conditioning) - before)[0].abs().max() > 1e-3
 
 
@@ -76,14 +77,14 @@ def test_every_parameter_receives_a_gradient():
 def test_cross_attention_does_not_know_the_order_of_tokens():
     unet = randomised(UNet(**SMALL)).eval()
     x, t, conditioning = inputs()
-    permuted = Conditioning(conditioning.context[:, torch.tensor([3, 0, 4, 1, 2])])
+    permuted = conditioning._replace(context=conditioning.context[:, torch.tensor([3, 0, 4, 1, 2])])
     torch.testing.assert_close(unet(x, t, conditioning), unet(x, t, permuted), rtol=1e-4, atol=1e-5)
 
 
 def test_concatenated_maps_join_the_latents():
     unet = randomised(UNet(**(SMALL | {"in_channels": 6}))).eval()
     x, t, conditioning = inputs(channels=6)
-    split = Conditioning(conditioning.context, concat=x[:, 4:])
+    split = conditioning._replace(concat=x[:, 4:])
     assert torch.equal(unet(x, t, conditioning), unet(x[:, :4], t, split))
 
 
@@ -108,5 +109,7 @@ def test_impossible_inputs_are_refused():
         unet(x[:, :, :7], t, conditioning)
     with pytest.raises(ValueError, match=r"width 16; the U-Net takes 8; change `unet.context_dim`"):
         UNet(**(SMALL | {"context_dim": 8}))(x, t, conditioning)
-    with pytest.raises(ValueError, match=r"width None; the U-Net takes 16"):
+    with pytest.raises(ValueError, match=r"context of width None; the U-Net takes 16"):
         unet(x, t, Conditioning())
+    with pytest.raises(ValueError, match=r"vector of width None; .* change `unet.vector_dim`"):
+        unet(x, t, Conditioning(conditioning.context))

@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from ldm_train.diffusion import ClassifierFreeGuidance
+from ldm_train.stages import LatentDiffusion
+
+from ..nn.test_unet import randomised
+from .toy import autoencoder, batch, diffusion_parts, latent_diffusion
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    stage = latent_diffusion()
+    randomised(stage.denoiser.network)
+    monkeypatch.setattr(LatentDiffusion, "log", lambda *_, **__: None)
+    return stage
+
+
+def part(whole, rows):
+    return {key: value[rows] if key != "epoch" else value for key, value in whole.items()}
+
+
+def test_the_loss_does_not_depend_on_how_a_batch_is_split(stage):
+    whole = stage.training_step(batch(4), 0)
+    halves = [stage.training_step(part(batch(4), rows), 0) for rows in (slice(2), slice(2, 4))]
+    torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_differs_between_epochs_in_training_and_never_in_validation(stage):
+    assert stage.training_step(batch(epoch=0), 0) != stage.training_step(batch(epoch=1), 0)
+    assert stage.training_step(batch(epoch=1), 0) == stage.training_step(batch(epoch=1), 0)
+
+
+def test_an_image_depends_on_its_caption_and_seed_alone(stage):
+    stage.eval()
+    whole = batch(4)
+    images = stage.generate(whole, torch.tensor([5, 6, 7, 8]))
+    alone = stage.generate(part(whole, slice(2, 3)), torch.tensor([7]))
+    torch.testing.assert_close(images[2:3], alone, rtol=1e-3, atol=1e-4)
+    assert (images - stage.generate(whole, torch.tensor([1, 2, 3, 4]))).abs().max() > 1e-2
+    other_pixels = whole | {"image": whole["image"].flip(0)}
+    assert torch.equal(images, stage.generate(other_pixels, torch.tensor([5, 6, 7, 8])))
+
+
+def test_guidance_scale_changes_images_and_one_is_conditional(stage):
+    stage.eval()
+    guided = stage.generate(batch(2), torch.tensor([0, 1]))
+    stage.guidance = ClassifierFreeGuidance(1.0)
+    conditional = stage.generate(batch(2), torch.tensor([0, 1]))
+    stage.guidance = ClassifierFreeGuidance(0.0)
+    empty = batch(2) | {"caption": ["", ""]}
+    unconditional = stage.generate(batch(2), torch.tensor([0, 1]))
+    assert (guided - conditional).abs().max() > 1e-3
+    stage.guidance = ClassifierFreeGuidance(1.0)
+    torch.testing.assert_close(unconditional, stage.generate(empty, torch.tensor([0, 1])), rtol=1e-3, atol=1e-4)
+
+
+def test_the_frozen_autoencoder_gets_no_gradient_and_stays_out_of_checkpoints(stage):
+    stage.train()
+    assert not stage.autoencoder.training
+    stage.training_step(batch(), 0).backward()
+    assert all(p.grad is None for p in stage.autoencoder.parameters())
+    trained = [name for name, p in stage.named_parameters() if p.requires_grad and p.grad is None]
+    assert trained == []
+    checkpoint = {"state_dict": stage.state_dict()}
+    stage.on_save_checkpoint(checkpoint)
+    assert not any(name.startswith("autoencoder.") for name in checkpoint["state_dict"])
+    other = latent_diffusion()
+    other.on_load_checkpoint(checkpoint)
+    assert torch.equal(other.denoiser.network.conv_in.weight, stage.denoiser.network.conv_in.weight)
+
+
+def test_another_autoencoder_under_the_same_checkpoint_is_refused(stage):
+    checkpoint = {"state_dict": stage.state_dict()}
+    stage.on_save_checkpoint(checkpoint)
+    changed = autoencoder()
+    with torch.no_grad():
+        changed.latent_std.mul_(1.0001)
+    with pytest.raises(ValueError, match=r"another autoencoder .* change `stage.autoencoder.checkpoint`"):
+        latent_diffusion(autoencoder=changed).on_load_checkpoint(checkpoint)
+
+
+def test_an_uncalibrated_autoencoder_is_refused():
+    with pytest.raises(RuntimeError, match="not calibrated"):
+        LatentDiffusion(**(diffusion_parts() | {"autoencoder": autoencoder(calibrated=False)}))

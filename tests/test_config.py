@@ -1,0 +1,243 @@
+import contextlib
+
+import hydra
+import pytest
+import torch
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf
+
+from ldm_train import config
+from ldm_train.config import ConfigError, build, check, conf_dir, explain_override, plain
+
+from .conftest import composed, filled
+
+# Groups that change other groups instead of describing a part, and those in which nothing is built.
+OVERLAYS = ("experiment", "sweep", "debug")
+PLACES = ("paths", "hydra")
+# A text-to-image model: every part of it can be exchanged for another option of its group.
+PARTS = [
+    "stage=latent_diffusion",
+    "unet=tiny",
+    "conditioner=text",
+    "schedule=cosine",
+    "objective=simple",
+    "sampler=ddim",
+    "guidance=classifier_free",
+]
+ONE_SLURM_TASK = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1"} | dict.fromkeys(
+    ("SLURM_NODEID", "SLURM_PROCID", "SLURM_LOCALID"), "0"
+)
+
+
+def options(*groups):
+    return [(group, path.stem) for group in groups for path in sorted((conf_dir() / group).glob("*.yaml"))]
+
+
+def names(group):
+    return [option for _, option in options(group)]
+
+
+GROUPS = sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and path.name not in (*OVERLAYS, *PLACES))
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The parts of the run that were built, by name."""
+    seen, original = [], config._instantiate
+    monkeypatch.setattr(
+        config, "_instantiate", lambda node, key, **given: seen.append(key) or original(node, key, **given)
+    )
+    return seen
+
+
+def check_and_build(cfg):
+    check(cfg)
+    return build(cfg)
+
+
+@pytest.fixture
+def refusal(built, tmp_path):
+    """The message with which a config is refused; no Trainer, hence no device, has been touched then."""
+
+    def refuse(*overrides, runs=None, nothing_built=False):
+        cfg = composed(*overrides, root=runs or tmp_path)
+        with pytest.raises(ConfigError) as refused:
+            check_and_build(cfg)
+        assert "trainer" not in built
+        assert not (nothing_built and built)
+        return str(refused.value)
+
+    return refuse
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_experiment_is_accepted_and_builds(experiment, tiny_runs):
+    cfg = composed(f"experiment={experiment}", "trainer.accelerator=cpu", "logger=csv", root=tiny_runs)
+    run = check_and_build(cfg)
+    assert run.trainer.max_steps == cfg.trainer.max_steps
+    assert any(parameter.requires_grad for parameter in run.stage.parameters())
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+@pytest.mark.parametrize("debug", names("debug"))
+def test_every_experiment_can_be_debugged(debug, experiment, tmp_path):
+    check(composed(f"experiment={experiment}", f"debug={debug}", root=tmp_path))
+
+
+@pytest.mark.parametrize("sweep", names("sweep"))
+def test_every_sweep_is_over_keys_that_exist(sweep, tmp_path):
+    check(composed("experiment=demo", f"sweep={sweep}", root=tmp_path))
+    cfg = composed("experiment=demo", f"sweep={sweep}", root=tmp_path, return_hydra_config=True)
+    assert cfg.hydra.sweeper.params
+    assert all(OmegaConf.select(cfg, key) is not None for key in cfg.hydra.sweeper.params)
+
+
+@pytest.mark.parametrize(("group", "option"), options(*GROUPS))
+def test_every_option_of_every_group_is_accepted_and_builds(group, option, tiny_runs, tmp_path, monkeypatch):
+    if (group, option) == ("trainer", "slurm"):
+        for name, value in ONE_SLURM_TASK.items():
+            monkeypatch.setenv(name, value)
+    parts = [part for part in PARTS if not part.startswith(f"{group}=")]
+    cfg = filled(composed(*parts, f"{group}={option}", root=tmp_path), tiny_runs)
+    check(cfg)
+    # The networks may be of any size: shapes without memory.
+    with torch.device("meta") if group in ("autoencoder", "unet") else contextlib.nullcontext():
+        part = hydra.utils.instantiate(cfg[group], _convert_="all")
+    assert not contains_config(part)
+
+
+def test_published_networks_have_their_published_sizes():
+    cfg = composed(*PARTS, "autoencoder=kl_f8", "unet=sd1", "conditioner.context_dim=768")
+    with torch.device("meta"):
+        networks = [hydra.utils.instantiate(cfg[group]) for group in ("autoencoder", "unet")]
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
+    assert sizes == [83_653_863, 859_520_964]
+
+
+def contains_config(part):
+    """Whether something was left as it stands in the config."""
+    return isinstance(part, DictConfig) or (isinstance(part, dict) and any(map(contains_config, part.values())))
+
+
+def test_the_resolved_config_survives_as_plain_values(tiny_runs):
+    cfg = composed("experiment=demo_lora", root=tiny_runs)
+    assert composed("experiment=demo_lora", root=tiny_runs) == cfg
+    check(OmegaConf.create(plain(cfg)))
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "meant", "home"),
+    [
+        ("+unet.chanels=64", "unet.chanels", "unet.channels", "conf/unet/"),
+        ("+sampler.steps=9", "sampler.steps", "sampler.num_steps", "conf/sampler/"),
+        ("+trainer.max_step=9", "trainer.max_step", "trainer.max_steps", "conf/trainer/"),
+        ("+callbacks.ema.decai=1", "callbacks.ema.decai", "callbacks.ema.decay", "conf/callbacks/"),
+        ("+stage.denoiser.predict=v", "stage.denoiser.predict", "stage.denoiser.prediction", "conf/stage/"),
+        ("+optimizer.beta=1", "optimizer.beta", "optimizer.betas", "conf/optimizer/"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_one_that_was_meant(refusal, override, key, meant, home):
+    message = refusal("experiment=demo", override, nothing_built=True)
+    assert f"`{key}` is unknown" in message
+    assert f"did you mean `{meant}`?" in message
+    assert f"see {home}" in message
+    assert meant.rpartition(".")[2] in message.partition("allowed are")[2]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "allowed"),
+    [
+        ("unet.channels=wide", "unet.channels", "int"),
+        ("unet.channels=1.5", "unet.channels", "int"),
+        ("unet.channel_multipliers=2", "unet.channel_multipliers", "Sequence"),
+        ("unet.num_res_blocks=[1,2]", "unet.num_res_blocks", "int"),
+        ("data.flip=1", "data.flip", "bool"),
+        ("sampler.spacing=even", "sampler.spacing", "leading"),
+        ("stage.denoiser.prediction=noise", "stage.denoiser.prediction", "epsilon"),
+        ("stage.denoiser.network={channels:64}", "stage.denoiser.network", "Module"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(refusal, override, key, allowed):
+    message = refusal("experiment=demo", override, nothing_built=True)
+    assert f"`{key}` is " in message
+    assert allowed in message.partition(" takes ")[2]
+    assert f"see conf/{key.partition('.')[0]}/" in message
+
+
+def test_all_missing_keys_are_listed_at_once(refusal):
+    message = refusal("stage=lora", *PARTS[1:], "data=webdataset", nothing_built=True)
+    for key in ("name", "data.shards", "stage.autoencoder.checkpoint", "stage.base_checkpoint"):
+        assert f"`{key}` has no value; give it one: `{key}=...`" in message
+
+
+def test_a_missing_part_is_named(refusal):
+    message = refusal("experiment=demo", "~unet.channel_multipliers", "~unet.in_channels", nothing_built=True)
+    assert "`unet.in_channels` is missing; ldm_train.nn.UNet needs it" in message
+    assert "channel_multipliers" not in message  # it has a default
+
+
+def test_an_unknown_task_is_refused(refusal):
+    message = refusal("experiment=demo", "task=sample", nothing_built=True)
+    assert "task is 'sample'; allowed are fit and validate; change `task`" in message
+
+
+def test_epsilon_with_zero_terminal_snr_is_refused(refusal, tiny_runs):
+    overrides = ["schedule=scaled_linear", "schedule.zero_terminal_snr=true", "stage.denoiser.prediction=epsilon"]
+    message = refusal("experiment=demo", *overrides, runs=tiny_runs)
+    assert "allowed there are v and x_0" in message
+    assert "stage.denoiser.prediction=v" in message
+    assert "schedule.zero_terminal_snr=false" in message
+
+
+def test_a_context_of_another_width_is_refused(refusal, tiny_runs):
+    message = refusal("experiment=demo", "unet.context_dim=64", runs=tiny_runs)
+    assert "context of width 192, the network attends to width 64" in message
+    assert "change `conditioner.context_dim` or `unet.context_dim`" in message
+
+
+def test_an_uncalibrated_autoencoder_is_refused(refusal, tiny_runs, tmp_path):
+    checkpoint = torch.load(tiny_runs / "demo_autoencoder/default/checkpoints/last.ckpt", weights_only=True)
+    checkpoint["state_dict"]["autoencoder.latent_std"].fill_(torch.nan)
+    torch.save(checkpoint, tmp_path / "uncalibrated.ckpt")
+    message = refusal("experiment=demo", f"stage.autoencoder.checkpoint={tmp_path / 'uncalibrated.ckpt'}")
+    assert "not calibrated" in message
+    assert "`stage.autoencoder.checkpoint`" in message
+
+
+def test_an_absent_first_stage_is_refused(refusal):
+    message = refusal("experiment=demo")
+    assert "no checkpoint at" in message
+    assert "train that stage first, or change `stage.autoencoder.checkpoint`" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("unet.chanels=3", "did you mean `unet.channels`?); allowed are in_channels, "),
+        ("foo=3", "`foo` is unknown to the config; allowed are "),
+        ("callbacks.emma.decay=1", "did you mean `callbacks.ema`?); allowed are "),
+        ("stage.denoiser.network.channels=3", "`stage.denoiser.network` has no keys of its own"),
+        ("unet.dropout=0.1", None),  # allowed: Hydra's own message says how to add it
+        ("seed=many", None),  # known: Hydra's own message says what it must be
+    ],
+)
+def test_an_unknown_key_of_the_command_line_is_explained(override, expected):
+    with pytest.raises(ConfigCompositionException) as refused:
+        composed("experiment=demo", override)
+    explanation = explain_override(refused.value)
+    assert (explanation is None) if expected is None else (expected in explanation)
+
+
+def test_building_sets_no_seed_but_the_configured_one(tiny_runs):
+    cfg = composed("experiment=demo", "trainer.accelerator=cpu", "logger=none", root=tiny_runs)
+    torch.manual_seed(1)
+    first = build(cfg).stage.state_dict()
+    torch.manual_seed(2)
+    second = build(cfg).stage.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,178 @@
+"""What the pages say is so: their commands compose, their paths exist, their lists are those of the code."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+from ldm_train.config import check, conf_dir, register
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(ROOT.glob("*.md"))
+OVERRIDE = re.compile(r"^[+~]*[\w./@]+=")
+WRITTEN_BY_RUNS = ("demo", "runs/", "quarantine/")
+
+
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    """The commands in the pages' bash blocks, each as its words; a continued line is one command."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [shlex.split(line, comments=True) for line in lines if line.strip()]
+    return found
+
+
+def starting_with(*words: str) -> list[list[str]]:
+    """The commands that start with the words, without them; each once."""
+    program = [[Path(command[0]).name, *command[1:]] for command in commands()]
+    rest = {tuple(command[len(words) :]) for command in program if tuple(command[: len(words)]) == words}
+    return [list(arguments) for arguments in sorted(rest)]
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    """The config of a command's first job: lists of values, in the command or in its sweep file, give their first."""
+    single = [first(override) for override in overrides]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", single, return_hydra_config=True)
+        if "-m" in overrides or "--multirun" in overrides:
+            swept = [first(f"{key}={values}") for key, values in (cfg.hydra.sweeper.params or {}).items()]
+            return compose("config", [*single, *swept])
+        return compose("config", single)
+
+
+def first(override: str) -> str:
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override():
+        return override
+    return f"{parsed.get_key_element()}={next(iter(parsed.sweep_string_iterator()))}"
+
+
+def test_every_kind_of_command_is_found():
+    """A page whose blocks are written in another way would pass all other tests."""
+    assert {Path(program).name for program, *_ in commands()} == {"make", "python", "source", "wandb"}
+    assert len(starting_with("python", "-m", "ldm_train")) >= 10
+    assert ["demo"] in starting_with("make")
+    assert ["test"] in starting_with("make")
+    assert {Path(tool).name for tool, *_ in starting_with("python") if tool != "-m"} == {"make_shards.py", "sample.py"}
+
+
+@pytest.mark.parametrize("arguments", starting_with("python", "-m", "ldm_train"), ids=" ".join)
+def test_training_commands_compose_and_pass_the_checks(arguments):
+    register()
+    overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
+    assert set(arguments) - set(overrides) <= {"-m"}
+    check(composed(overrides))
+
+
+@pytest.mark.parametrize("arguments", starting_with("make"), ids=" ".join)
+def test_make_has_the_targets(arguments):
+    makefile = text("Makefile")
+    for target in (argument for argument in arguments if "=" not in argument):
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE)
+    for variable in (argument.split("=")[0] for argument in arguments if "=" in argument):
+        assert f"$({variable})" in makefile
+
+
+@pytest.mark.parametrize("arguments", [a for a in starting_with("python") if a[0] != "-m"], ids=" ".join)
+def test_tools_take_the_options(arguments, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    tool, *options = arguments
+    assert (ROOT / tool).is_file()
+    importlib.import_module(Path(tool).stem).parse(options)
+
+
+@pytest.mark.parametrize("arguments", starting_with("python", "-m", "pytest"), ids=" ".join)
+def test_the_tests_of_examples_exist(arguments):
+    for name in (argument for argument in arguments if ".py" in argument):
+        path, _, test = name.partition("::")
+        assert f"def {test}(" in text(path)
+
+
+@pytest.mark.parametrize("arguments", starting_with("wandb"), ids=" ".join)
+def test_wandb_has_the_commands_and_options(arguments):
+    words = [argument for argument in arguments if "/" not in argument]
+    subcommands = [word for word in words if not word.startswith("-")]
+    shown = subprocess.run(
+        [Path(sys.executable).parent / "wandb", *subcommands, "--help"], capture_output=True, text=True, check=True
+    )
+    assert f"wandb {' '.join(subcommands)} " in shown.stdout
+    assert [option for option in words if option.startswith("-") and f" {option} " not in shown.stdout] == []
+
+
+def test_the_environment_is_where_make_puts_it():
+    assert starting_with("source") == [[".venv/bin/activate"]]
+    assert "VENV := .venv\n" in text("Makefile")
+
+
+@pytest.mark.parametrize("page", [page.name for page in PAGES])
+def test_paths_and_links_exist(page):
+    """Names in backticks that look like files of the repository or the package, and every link that stays in it."""
+    code = re.sub(r"^ *```.*?^ *```", "", text(page), flags=re.DOTALL | re.MULTILINE)
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", code) if not urlparse(link).scheme]
+    missing = [link for link in links if not (ROOT / link.partition("#")[0]).exists()]
+    named = {name for name in re.findall(r"`([\w./-]+)`", code) if not name.startswith(WRITTEN_BY_RUNS)}
+    paths = {name for name in named if re.search(r"/$|/.*\.(py|yaml|sh|sbatch|md)$|^\.ci/|^\w+\.(py|md)$", name)}
+    missing += [name for name in paths if not ((ROOT / name).exists() or (ROOT / "ldm_train" / name).exists())]
+    assert missing == []
+
+
+@pytest.mark.slow
+def test_a_run_leaves_behind_what_the_readme_lists(tiny_runs):
+    listed = re.findall(r"^\| `(demo\w*/default/[^`]+)` \|", text("README.md"), re.MULTILINE)
+    # The fixture calls `train` itself: Hydra's record is not written, and W&B is off.
+    expected = [pattern for pattern in listed if "/.hydra/" not in pattern and "/wandb/" not in pattern]
+    assert len(expected) >= 5
+    assert [pattern for pattern in expected if not list(tiny_runs.glob(pattern))] == []
+
+
+def test_the_import_order_is_the_one_that_is_enforced():
+    contracts = tomllib.loads(text("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    enforced = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    enforced = [re.sub(r"\bldm_train\.", "", layer) for layer in enforced]
+    block = re.search(r"```\n(__main__ .*?)```", text("ARCHITECTURE.md"), re.DOTALL)
+    assert [re.match(r"\w+( \| \w+)*", line)[0] for line in block[1].splitlines()] == enforced
+
+
+def test_every_config_group_is_listed_in_the_order_of_the_contents_page():
+    table = text("ARCHITECTURE.md").split("| group | chooses |")[1].split("\n\n")[0]
+    listed = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    contents = re.findall(r"^  - (\w+): ", text("conf/config.yaml"), re.MULTILINE)
+    assert listed == contents
+    assert sorted(listed) == sorted(path.name for path in conf_dir().iterdir() if path.is_dir())
+
+
+def test_every_folder_of_the_package_is_listed():
+    table = text("ARCHITECTURE.md").split("| in `ldm_train/` | holds |")[1].split("\n\n")[0]
+    folders = {path.name for path in (ROOT / "ldm_train").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert set(re.findall(r"^\| `(\w+)/` \|", table, re.MULTILINE)) == folders
+
+
+def test_the_sizes_in_the_table_from_tar_to_loss_are_those_of_the_demo():
+    register()
+    cfg = composed(["experiment=demo"])
+    table = text("README.md").split("## From tar to loss")[1].split("\n## ")[0]
+    side = cfg.image_size // 2 ** (len(cfg.autoencoder.channel_multipliers) - 1)
+    latents = f"`(B, {cfg.autoencoder.latent_channels}, {side}, {side})`"
+    assert f"image `(3, {cfg.image_size}, {cfg.image_size})`" in table
+    assert f"`(B, {cfg.conditioner.context_length}, {cfg.conditioner.context_dim})`" in table
+    assert table.count(latents) == 2
+    assert f"predict {cfg.stage.denoiser.prediction} |" in table
+    assert cfg.callbacks.ema is not None
+
+
+def test_no_figure_is_left_open():
+    assert [page.name for page in PAGES if "{FIGURE" in page.read_text(encoding="utf-8")] == []

@@ -1,0 +1,178 @@
+"""`tools/sample.py`: an image follows from the weights, the prompt, the settings and its own seed alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sample
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+PROMPTS = ("red apple, a fruit food emoji", "blue heart, a heart emoji", "a flag emoji")
+
+
+def checkpoint(runs: Path, name: str) -> Path:
+    return runs / name / "default" / "checkpoints" / "last.ckpt"
+
+
+def adapters(runs: Path) -> Path:
+    return runs / "demo_lora" / "default" / "lora" / "adapters.safetensors"
+
+
+@pytest.fixture
+def draw(tiny_runs, tmp_path):
+    """Runs the tool with two steps and returns the folder it wrote."""
+
+    def run(folder: str, *options: object, name: str = "demo", prompts: tuple[str, ...] = PROMPTS) -> Path:
+        given = [option for prompt in prompts for option in ("--prompt", prompt)]
+        arguments = ["--checkpoint", checkpoint(tiny_runs, name), *given, "--steps", 2, "--device", "cpu"]
+        assert sample.main([str(x) for x in [*arguments, "--output", tmp_path / folder, *options]]) == 0
+        return tmp_path / folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def strong_adapters(tiny_runs, tmp_path_factory):
+    """The adapters of the LoRA run with a thousand times the effect: a few steps of training change no byte."""
+    with safe_open(adapters(tiny_runs), framework="pt") as file:
+        metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    path = tmp_path_factory.mktemp("lora") / "strong.safetensors"
+    save_file({k: v * 1000 if k.endswith(".alpha") else v for k, v in state.items()}, path, metadata=metadata)
+    return path
+
+
+def pixels(folder: Path) -> np.ndarray:
+    paths = sorted(folder.glob("0*.png"))
+    return np.stack([np.asarray(Image.open(path)).astype(int) for path in paths])
+
+
+def test_an_image_does_not_depend_on_the_batch(draw):
+    together, alone = pixels(draw("together", "--batch", 3)), pixels(draw("alone", "--batch", 1))
+    assert together.shape == (3, 32, 32, 3)
+    assert np.abs(together - alone).max() <= 1  # sums of floats in another order
+
+
+def test_the_same_command_gives_the_same_bytes_and_another_seed_another_image(draw):
+    once, again = draw("once", prompts=PROMPTS[:1]), draw("again", prompts=PROMPTS[:1])
+    assert (once / "00000.png").read_bytes() == (again / "00000.png").read_bytes()
+    assert np.abs(pixels(once) - pixels(draw("other", "--seed", 1, prompts=PROMPTS[:1]))).mean() > 1
+
+
+def test_the_seed_of_an_image_is_the_first_seed_and_its_number(draw):
+    both = pixels(draw("both", "--seed", 6, "--per-prompt", 2, "--batch", 1, prompts=PROMPTS[:1]))
+    second = pixels(draw("second", "--seed", 7, prompts=PROMPTS[:1]))
+    assert (both[1] == second[0]).all()
+
+
+def test_a_lora_of_scale_0_is_the_base_model_and_of_scale_1_is_not(draw, strong_adapters):
+    base, lora = draw("base"), ("--lora", strong_adapters)
+    assert (pixels(base) == pixels(draw("none", *lora, "--lora-scale", 0))).all()
+    assert (pixels(base) != pixels(draw("all", *lora))).any()
+
+
+def test_the_checkpoint_of_a_lora_run_is_its_base_with_its_adapters(draw, tiny_runs, capsys):
+    with_file = pixels(draw("with_file", "--lora", adapters(tiny_runs)))
+    assert "trained on" not in capsys.readouterr().err
+    assert (with_file == pixels(draw("run", name="demo_lora"))).all()
+
+
+def test_a_lora_of_another_base_is_named(draw, strong_adapters, tmp_path, capsys):
+    with safe_open(strong_adapters, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(state, tmp_path / "other.safetensors", metadata={"base": "0123456789abcdef"})
+    draw("other", "--lora", tmp_path / "other.safetensors", prompts=PROMPTS[:1])
+    assert "was trained on the base model 0123456789ab" in capsys.readouterr().err
+
+
+def test_the_png_says_how_to_make_it_again(draw, tiny_runs):
+    prompt = "Grüße, ein Herz ♥"
+    first = draw("first", "--seed", 3, "--guidance", 2.5, "--eta", 0.5, "--per-prompt", 2, prompts=(prompt,))
+    text = Image.open(first / "00001.png").text
+    assert text == {
+        "prompt": prompt,
+        "seed": "4",
+        "checkpoint": str(checkpoint(tiny_runs, "demo")),
+        "steps": "2",
+        "guidance": "2.5",
+        "eta": "0.5",
+    }
+    options = [option for key in ("seed", "steps", "guidance", "eta") for option in (f"--{key}", text[key])]
+    again = draw("again", *options, prompts=(text["prompt"],))
+    assert np.abs(pixels(again)[0] - pixels(first)[1]).max() <= 1
+
+
+def test_the_grid_shows_all_images(draw):
+    folder = draw("grid")
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.png", "00001.png", "00002.png", "grid.png"]
+    shown = np.asarray(Image.open(folder / "grid.png").convert("RGB")).astype(int)
+    for image in pixels(folder):
+        large = image.repeat(3, axis=0).repeat(3, axis=1)  # 96 pixels a tile
+        corners = np.argwhere((shown == large[0, 0]).all(-1))
+        fits = [(y, x) for y, x in corners if shown[y : y + 96, x : x + 96].shape == large.shape]
+        assert any((shown[y : y + 96, x : x + 96] == large).all() for y, x in fits)
+
+
+def test_prompts_come_from_a_file_as_well(draw, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS[1:], "", ""]), encoding="utf-8")
+    folder = draw("file", "--prompts-file", tmp_path / "prompts.txt", prompts=PROMPTS[:1])
+    assert [Image.open(path).text["prompt"] for path in sorted(folder.glob("0*.png"))] == list(PROMPTS)
+
+
+def test_what_a_long_prompt_loses_is_named(draw, capsys):
+    draw("short", prompts=PROMPTS[:1])
+    assert "warning" not in capsys.readouterr().err
+    draw("long", prompts=("very " * 22 + "yellow sun",))
+    assert "does not see 'yellow sun'" in capsys.readouterr().err
+    draw("longer", prompts=("very " * 21 + "yellow sun",))
+    assert "does not see 'sun'" in capsys.readouterr().err
+
+
+def test_what_cannot_be_used_is_named_with_what_can(tiny_runs, tmp_path, capsys):
+    demo, lora_run = checkpoint(tiny_runs, "demo"), checkpoint(tiny_runs, "demo_lora")
+    for name in ("text.ckpt", "text.safetensors"):
+        (tmp_path / name).write_text("no tensors")
+    save_file({}, tmp_path / "empty.safetensors")
+    cases = (
+        ([tmp_path / "none.ckpt"], "no checkpoint at", "--checkpoint"),
+        ([tmp_path / "text.ckpt"], "cannot be read as a checkpoint", "--checkpoint"),
+        ([checkpoint(tiny_runs, "demo_autoencoder")], "stage AutoencoderStage does not generate", "--checkpoint"),
+        ([demo, "--lora", tmp_path / "none.safetensors"], "no LoRA at", "--lora"),
+        ([demo, "--lora", tmp_path / "text.safetensors"], "no safetensors file", "--lora"),
+        ([demo, "--lora", tmp_path / "empty.safetensors"], "no LoRA adapter among 0 tensors", "allowed"),
+        ([lora_run, "--lora", adapters(tiny_runs)], "adapters of its own", "--lora"),
+        ([demo, "--lora-scale", 0.5], "no adapter", "--lora"),
+        ([demo, "--steps", 5000], "num_steps is 5000", "num_steps"),
+        ([demo, "--eta", 2], "eta is 2", "eta"),
+        ([demo, "--prompts-file", tmp_path / "none.txt"], "cannot be read", "--prompts-file"),
+    )
+    for options, found, key in cases:
+        arguments = ["--checkpoint", *options, "--prompt", "a", "--output", tmp_path / "out"]
+        assert sample.main([str(argument) for argument in arguments]) == 2, options
+        message = capsys.readouterr().err
+        assert found in message, options
+        assert "allowed" in message or "--" in message, options
+        assert key in message, options
+        assert not list(tmp_path.glob("out/*.png")), options
+
+
+def test_adapters_of_other_layers_are_refused(tiny_runs, tmp_path, capsys):
+    with safe_open(adapters(tiny_runs), framework="pt") as file:
+        state = {f"other.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(state, tmp_path / "other.safetensors")
+    arguments = ["--checkpoint", str(checkpoint(tiny_runs, "demo")), "--prompt", "a", "--output", str(tmp_path)]
+    assert sample.main([*arguments, "--lora", str(tmp_path / "other.safetensors")]) == 2
+    assert "does not fit the model of --checkpoint" in capsys.readouterr().err
+
+
+def test_a_prompt_is_needed(capsys):
+    with pytest.raises(SystemExit):
+        sample.main(["--checkpoint", "x.ckpt"])
+    assert "give --prompt or --prompts-file" in capsys.readouterr().err
+
+
+def test_pictures_go_beside_the_run_by_default():
+    assert sample.parse(["--checkpoint", "runs/demo/default/checkpoints/last.ckpt", "--prompt", "a"]).output == (
+        Path.cwd() / "runs/demo/default/generated"
+    )

@@ -1,0 +1,249 @@
+"""Generate images from prompts with a trained latent diffusion model, with or without a LoRA.
+
+    python tools/sample.py --checkpoint runs/demo/default/checkpoints/last.ckpt --prompt "red apple, a fruit food emoji"
+    python tools/sample.py --checkpoint ... --prompts-file prompts.txt --per-prompt 4 --guidance 5 --output pictures/
+    python tools/sample.py --checkpoint ... --prompt "..." --lora runs/demo_lora/default/lora/adapters.safetensors
+
+The checkpoint is one of stage 2 or of a LoRA run; averaged weights are taken where it has them. Image i is made from
+the seed `--seed` + i, whatever the batch. Each is a PNG that says in its text fields how it was made; `grid.png` shows
+the first 64 with their prompts.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ldm_train.batch import ImageTextBatch
+from ldm_train.callbacks.drawing import Tile, captioned_grid
+from ldm_train.checkpoint import digest
+from ldm_train.conditioning import Conditioner, TransformerTextConditioner
+from ldm_train.config import load_run
+from ldm_train.diffusion import ClassifierFreeGuidance, DDIMSampler
+from ldm_train.metrics import to_uint8
+from ldm_train.nn import inject_lora, load_lora_state_dict, lora_layers, lora_shape
+from ldm_train.stages import LatentDiffusion, LoRAFineTuning
+
+SHOWN = 64  # images on the grid
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to make."""
+
+    prompt: str
+    seed: int
+
+
+def load_stage(checkpoint: Path) -> tuple[LatentDiffusion, int]:
+    """The stage of a checkpoint, and the side of its images.
+
+    Raises:
+        ValueError: if it is no stage that generates from noise.
+    """
+    stage, cfg = load_run(checkpoint)
+    if not isinstance(stage, LatentDiffusion):
+        raise ValueError(
+            f"{checkpoint} is of the run {cfg.name!r}, whose stage {type(stage).__name__} does not generate; allowed "
+            "are checkpoints of stage 2 or of a LoRA run; change --checkpoint"
+        )
+    return stage, int(cfg.image_size)
+
+
+def set_sampling(stage: LatentDiffusion, steps: int | None, eta: float | None, guidance: float | None) -> None:
+    """Sample as told, and as the stage's config says where nothing is told."""
+    old = stage.sampler
+    steps, eta = old.num_steps if steps is None else steps, old.eta if eta is None else eta
+    stage.sampler = DDIMSampler(steps, eta, old.spacing, old.clip_x_0)
+    stage.guidance = ClassifierFreeGuidance(stage.guidance.scale if guidance is None else guidance)
+
+
+def add_lora(stage: LatentDiffusion, path: Path, console: Console) -> None:
+    """Put the adapters of a file into the stage's network; warn if they were trained on another base model.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be used with this stage.
+    """
+    if isinstance(stage, LoRAFineTuning):
+        raise ValueError("the checkpoint has adapters of its own; allowed is a checkpoint of stage 2; drop --lora")
+    if not path.is_file():
+        raise FileNotFoundError(f"no LoRA at {path}; allowed is a file of a LoRA run, lora/*.safetensors; see --lora")
+    try:
+        with safe_open(path, framework="pt") as file:
+            base = (file.metadata() or {}).get("base", "")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file ({error}); change --lora") from error
+    if base != (own := digest(stage)):
+        trained_on = f"on the base model {base[:12]}" if base else "on a base model it does not name"
+        warn(console, f"{path} was trained {trained_on}, this one is {own[:12]}: the pictures may be poor")
+    try:
+        inject_lora(stage.denoiser.network, *lora_shape(state))
+        load_lora_state_dict(stage.denoiser.network, state)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the model of --checkpoint: {error}") from error
+
+
+def scale_lora(stage: LatentDiffusion, scale: float) -> None:
+    """Multiply what the adapters add; 0 is the base model.
+
+    Raises:
+        ValueError: if there is no adapter to scale.
+    """
+    layers = [layer for _, layer in lora_layers(stage.denoiser.network)]
+    if not layers and scale != 1.0:
+        raise ValueError(f"--lora-scale is {scale}, but there is no adapter; allowed is 1; give --lora as well")
+    for layer in layers:
+        layer.alpha *= scale
+
+
+def cut_off(conditioner: Conditioner, prompt: str) -> str:
+    """The end of a prompt that the text encoder does not see, as its tokenizer spells it; empty if it sees all."""
+    if not isinstance(conditioner, TransformerTextConditioner):
+        return ""
+    tokenizer = conditioner.tokenizer
+    kept = (tokenizer.context_length or 0) - 2  # start and end marks take one token each
+    return tokenizer.decode(tokenizer.encode(prompt)[kept:]).strip()
+
+
+def generate(stage: LatentDiffusion, size: int, requests: list[Request], batch_size: int) -> Iterator[Tensor]:
+    """The requested images in order: (3, size, size) bytes on the CPU."""
+    for begin in range(0, len(requests), batch_size):
+        part = requests[begin : begin + batch_size]
+        seeds = torch.tensor([request.seed for request in part], device=stage.device)
+        batch = ImageTextBatch(
+            image=torch.zeros(len(part), 3, size, size, device=stage.device),
+            caption=[request.prompt for request in part],
+            sample_id=seeds,
+            epoch=0,
+            key=[f"seed {request.seed}" for request in part],
+        )
+        yield from to_uint8(stage.generate(batch, seeds)).cpu()
+
+
+def save_image(image: Tensor, path: Path, settings: dict[str, object]) -> None:
+    """Write (3, H, W) bytes as a PNG whose text fields hold the settings."""
+    info = PngInfo()
+    for name, value in settings.items():
+        info.add_text(name, str(value))
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, pnginfo=info)
+
+
+def sample(arguments: argparse.Namespace, console: Console) -> None:
+    """Run the tool.
+
+    Raises:
+        ValueError: if something is asked for that cannot be.
+        FileNotFoundError: if a file that it names is not there.
+    """
+    prompts = [*arguments.prompt, *read_prompts(arguments.prompts_file)]
+    stage, size = load_stage(arguments.checkpoint)
+    set_sampling(stage, arguments.steps, arguments.eta, arguments.guidance)
+    if arguments.lora is not None:
+        add_lora(stage, arguments.lora, console)
+    scale_lora(stage, arguments.lora_scale)
+    for prompt in prompts:
+        if cut := cut_off(stage.conditioner, prompt):
+            warn(console, f"the prompt {prompt!r} is too long for the text encoder, which does not see {cut!r}")
+    stage = stage.to(arguments.device).eval()
+    repeated = [prompt for prompt in prompts for _ in range(arguments.per_prompt)]
+    requests = [Request(prompt, arguments.seed + i) for i, prompt in enumerate(repeated)]
+    shared = {
+        "checkpoint": arguments.checkpoint,
+        "steps": stage.sampler.num_steps,
+        "guidance": stage.guidance.scale,
+        "eta": stage.sampler.eta,
+    }
+    if any(lora_layers(stage.denoiser.network)):
+        shared |= {"lora": arguments.lora or "in the checkpoint", "lora_scale": arguments.lora_scale}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    tiles = []
+    images = generate(stage, size, requests, arguments.batch)
+    for i, image in enumerate(track(images, "images", len(requests), console=console)):
+        settings = {"prompt": requests[i].prompt, "seed": requests[i].seed, **shared}
+        save_image(image, arguments.output / f"{i:05d}.png", settings)
+        tiles += [Tile(image, requests[i].prompt)] if i < SHOWN else []
+    title = ", ".join(f"{name} {value}" for name, value in shared.items())
+    captioned_grid(tiles, title, columns=min(8, len(tiles))).save(arguments.output / "grid.png")
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """The lines of a UTF-8 file that are not empty.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if path is None:
+        return []
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); allowed is a UTF-8 text; change --prompts-file") from error
+    if not any(lines):
+        raise ValueError(f"{path} holds no prompt; allowed is one a line; change --prompts-file")
+    return [line for line in lines if line]
+
+
+def warn(console: Console, text: str) -> None:
+    """Say what is wrong but no reason to stop."""
+    console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def positive(text: str) -> int:
+    """An option's whole number, at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is given; allowed: 1 or more")
+    return number
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="of stage 2 or of a LoRA run")
+    add("--prompt", action="append", default=[], help="what the picture shows; may be repeated")
+    add("--prompts-file", type=Path, help="a text file with one prompt a line")
+    add("--lora", type=Path, help="adapters of a LoRA run (.safetensors)")
+    add("--lora-scale", type=float, default=1.0, help="how much of them: 0 none, 1 as trained (default: %(default)s)")
+    add("--steps", type=positive, help="denoising steps (default: as in the run's config)")
+    add("--guidance", type=float, help="classifier-free guidance scale, 1 is none (default: as in the run's config)")
+    add("--eta", type=float, help="0 DDIM to 1 ancestral (default: as in the run's config)")
+    add("--seed", type=int, default=0, help="of the first image; the i-th after it has seed + i (default: %(default)s)")
+    add("--per-prompt", type=positive, default=1, help="images for each prompt (default: %(default)s)")
+    add("--batch", type=positive, default=16, help="images made at a time (default: %(default)s)")
+    add("--output", type=Path, help="folder (default: `generated` in the run's directory); PNGs in it are replaced")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    add("--device", choices=devices, default=devices[0], help="what this machine has (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    if not arguments.prompt and arguments.prompts_file is None:
+        parser.error("no prompt; allowed are any number of them; give --prompt or --prompts-file")
+    if arguments.output is None:
+        arguments.output = arguments.checkpoint.absolute().parents[1] / "generated"
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 2 if something cannot be used."""
+    arguments = parse(argv)
+    console = Console(stderr=True)
+    try:
+        sample(arguments, console)
+    except (ValueError, FileNotFoundError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    console.print(f"images and grid.png in {arguments.output}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
