@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ldm_train.nn.ema import load_average
@@ -73,7 +74,7 @@ def read_checkpoint(path: Path, key: str = "resume") -> dict[str, Any]:
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, SafetensorError) as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}); allowed are complete files of "
             f"plain tensors and values; change `{key}`, or take `previous.ckpt` beside it"

@@ -94,7 +94,10 @@ def check(cfg: DictConfig) -> None:
         ConfigError: with every mistake found.
     """
     mistakes = [f"`{key}` has no value; give it one: `{key}=...`" for key in missing_keys(cfg)]
-    if not mistakes:
+    if mistakes:
+        experiments = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+        mistakes.append(f"or choose an experiment, which chooses for you: `experiment={'|'.join(experiments)}`")
+    else:
         mistakes = unknown_keys(cfg)
     if not mistakes and cfg.task not in _TASKS:
         mistakes = [f"task is {cfg.task!r}; allowed are {' and '.join(_TASKS)}; change `task`"]
@@ -167,7 +170,10 @@ def build(cfg: DictConfig, callbacks: tuple[L.Callback, ...] = ()) -> Run:
 
 
 def load_run(path: Path) -> tuple[L.LightningModule, DictConfig]:
-    """Rebuild a stage from one checkpoint: its config is inside, its averaged weights are taken where it has them.
+    """Rebuild a stage from its checkpoint: the config is inside, averaged weights are taken where it has them.
+
+    The frozen parts of stages 2 and 3 are read from the checkpoints that the config names; if the whole directory of
+    runs was moved, from their new places.
 
     Returns:
         The stage in evaluation mode, and the config.
@@ -175,11 +181,28 @@ def load_run(path: Path) -> tuple[L.LightningModule, DictConfig]:
     checkpoint = read_checkpoint(path, key="--checkpoint")
     if "config" not in checkpoint:
         raise ConfigError(f"{path} holds no config; allowed are checkpoints written by a run of this package")
-    cfg = OmegaConf.create(checkpoint["config"])
+    cfg = OmegaConf.create(_moved(checkpoint["config"], path.absolute()))
     assert isinstance(cfg, DictConfig)
     stage = _instantiate(cfg.stage, "stage")
     load_weights(stage, checkpoint)
     return stage.eval(), cfg
+
+
+def _moved(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config with the runs' root of its own time replaced by the one that `path` lies under now."""
+    old_root, run_dir = Path(config["paths"]["root"]), Path(config["paths"]["run_dir"])
+    below = (*run_dir.relative_to(old_root).parts, "checkpoints", path.name)
+    if path.parts[-len(below) :] != below:
+        return config
+    new_root = Path(*path.parts[: -len(below)])
+
+    def replaced(value: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, dict):
+            return {key: replaced(entry) for key, entry in value.items()}
+        is_below = isinstance(value, str) and Path(value).is_relative_to(old_root)
+        return str(new_root / Path(value).relative_to(old_root)) if is_below else value
+
+    return replaced(config)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

@@ -43,11 +43,17 @@ def train(cfg: DictConfig) -> float | None:
     _refuse_sweep_of_subprocesses(cfg)
     _hush_lightning()
     _keep_heap()
-    Path(cfg.paths.run_dir).mkdir(parents=True, exist_ok=True)
-    checkpoint = resume_path(cfg.resume, Path(cfg.paths.run_dir))
+    run_dir = Path(cfg.paths.run_dir)
+    checkpoint = resume_path(cfg.resume, run_dir)
+    if cfg.task == "validate" and checkpoint is None:
+        raise ConfigError(
+            f"task=validate found no checkpoint in {run_dir}; allowed are a path, or auto when this run has written "
+            "one; change `resume`"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
     run = build(cfg, callbacks=(RunRecord(plain(cfg)),))
     try:
-        if cfg.task == "validate":
+        if cfg.task == "validate" and checkpoint is not None:
             _validate(run, checkpoint)
         else:
             _fit(run, checkpoint)
@@ -90,12 +96,7 @@ def _fit(run: Run, checkpoint: Path | None) -> None:
     run.trainer.fit(run.stage, datamodule=run.data, ckpt_path=checkpoint, weights_only=True)
 
 
-def _validate(run: Run, checkpoint: Path | None) -> None:
-    if checkpoint is None:
-        raise ConfigError(
-            "task=validate found no checkpoint; allowed are a path, or auto when this run has written one; change "
-            "`resume`"
-        )
+def _validate(run: Run, checkpoint: Path) -> None:
     content = read_checkpoint(checkpoint)
     load_weights(run.stage, content)
     for callback in run.trainer.callbacks:  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,8 @@ def equal(a, b):
     """Whether two checkpoints' values are the same bit for bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
@@ -99,6 +102,14 @@ def test_a_stage_is_rebuilt_from_one_file_with_its_averaged_weights(tiny_runs):
     assert not any(name.startswith("autoencoder.") for name in checkpoint["state_dict"])
 
 
+def test_a_moved_directory_of_runs_finds_its_own_stages(tiny_runs, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_runs, moved)
+    _, cfg = load_run(moved / "demo_lora/default/checkpoints/last.ckpt")
+    assert cfg.stage.base_checkpoint == str(moved / "demo/default/checkpoints/last.ckpt")
+    assert cfg.stage.autoencoder.checkpoint == str(moved / "demo_autoencoder/default/checkpoints/last.ckpt")
+
+
 def test_adapters_are_saved_alone(tiny_runs):
     checkpoint = last(tiny_runs, "demo_lora")
     assert all(name.endswith((".up", ".down")) for name in checkpoint["state_dict"])
@@ -124,9 +135,14 @@ def test_an_interrupted_run_ends_bit_equal_to_an_unbroken_one(tiny_runs, tmp_pat
     def run(run_id, max_steps, total):
         train(
             composed(
-                *TINY_DEMO, first_stage(tiny_runs), "logger=csv", f"run_id={run_id}", f"trainer.max_steps={max_steps}",
-                f"lr_scheduler.total_steps={total}", root=tmp_path,
-            )  # fmt: skip
+                *TINY_DEMO,
+                first_stage(tiny_runs),
+                "logger=csv",
+                f"run_id={run_id}",
+                f"trainer.max_steps={max_steps}",
+                f"lr_scheduler.total_steps={total}",
+                root=tmp_path,
+            )
         )
         return last(tmp_path, run_id=run_id)
 
@@ -135,8 +151,7 @@ def test_an_interrupted_run_ends_bit_equal_to_an_unbroken_one(tiny_runs, tmp_pat
     resumed = run("broken", 6, 6)
     assert resumed["global_step"] == unbroken["global_step"] == 6
     for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers"):
-        assert equal(dict(enumerate(resumed[part])) if isinstance(resumed[part], list) else resumed[part],
-                     dict(enumerate(unbroken[part])) if isinstance(unbroken[part], list) else unbroken[part]), part  # fmt: skip
+        assert equal(resumed[part], unbroken[part]), part
     assert resumed["ImageTextDataModule"] == unbroken["ImageTextDataModule"]
 
 
@@ -187,9 +202,17 @@ def test_a_multirun_validates_one_model_under_several_guidance_scales(tiny_runs,
     checkpoint = tiny_runs / "demo/default/checkpoints/last.ckpt"
     finish(
         command(
-            "-m", "experiment=demo", "sweep=guidance_scale", "debug=tiny", *TINY_RUNS["demo"], "logger=csv",
-            f"resume={checkpoint}", first_stage(tiny_runs), "guidance.scale=1,3", root=tmp_path,
-        )  # fmt: skip
+            "-m",
+            "experiment=demo",
+            "sweep=guidance_scale",
+            "debug=tiny",
+            *TINY_RUNS["demo"],
+            "logger=csv",
+            f"resume={checkpoint}",
+            first_stage(tiny_runs),
+            "guidance.scale=1,3",
+            root=tmp_path,
+        )
     )
     runs = [tmp_path / "demo" / f"guidance_scale_{scale}" for scale in (1, 3)]
     figures = [metrics(run) for run in runs]
@@ -198,7 +221,9 @@ def test_a_multirun_validates_one_model_under_several_guidance_scales(tiny_runs,
 
 
 def test_a_multirun_that_would_start_processes_itself_is_refused(tmp_path):
-    process = command("-m", "experiment=demo_autoencoder", "seed=0,1", "trainer=ddp", "trainer.devices=2", root=tmp_path)
+    process = command(
+        "-m", "experiment=demo_autoencoder", "seed=0,1", "trainer=ddp", "trainer.devices=2", root=tmp_path
+    )
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "each process that Lightning starts would run the whole sweep" in output

@@ -150,9 +150,9 @@ class SampleEvaluation(L.Callback):
         return tiles
 
     def _count(self, trainer: L.Trainer) -> int:
-        """Images to generate: where validation is limited to so many batches, no more than these hold."""
+        """Images to generate: no more than a limited validation sees; a limit of 0 only switches its loop off."""
         limit = trainer.limit_val_batches
-        return min(self.num_images, limit * self.batch_size) if isinstance(limit, int) else self.num_images
+        return min(self.num_images, limit * self.batch_size) if isinstance(limit, int) and limit else self.num_images
 
     def _prepare_reference(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sums the real images once a run, or takes their statistics from the file of an earlier one."""

@@ -59,11 +59,11 @@ def test_bash_can_read_it(script):
     subprocess.run(["bash", "-n", ROOT / "slurm" / script], check=True)
 
 
-def test_directives_ask_for_requeue_and_for_a_signal_to_the_steps():
+def test_directives_ask_for_requeue_and_stand_where_slurm_reads_them():
     directives = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", SCRIPT.read_text(), re.MULTILINE))
     assert directives.keys() >= {"requeue", "nodes", "ntasks-per-node"}
     assert directives["open-mode"] == "append"
-    assert directives["signal"] == "USR1@300"  # not B:, which would signal the batch shell alone
+    assert "signal" not in directives  # nothing handles one yet, and unhandled it would kill the ranks
     lines = SCRIPT.read_text().splitlines()
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     assert all(not line.startswith("#SBATCH") for line in lines[first_command:])  # SLURM would ignore them
