@@ -3,6 +3,15 @@
 from ldm_train.stages.autoencoder import AutoencoderStage
 from ldm_train.stages.latent_diffusion import LatentDiffusion
 from ldm_train.stages.lora import LoRAFineTuning
+from ldm_train.stages.moments import EncodedMoments, RememberedMoments
 from ldm_train.stages.optimization import warmup_constant, warmup_cosine
 
-__all__ = ["AutoencoderStage", "LatentDiffusion", "LoRAFineTuning", "warmup_constant", "warmup_cosine"]
+__all__ = [
+    "AutoencoderStage",
+    "EncodedMoments",
+    "LatentDiffusion",
+    "LoRAFineTuning",
+    "RememberedMoments",
+    "warmup_constant",
+    "warmup_cosine",
+]

@@ -6,7 +6,7 @@ The stage conducts: latents, condition, objective. What the network predicts is 
 made the sampler's and the guidance's; averaging, pictures and FID belong to callbacks.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -19,6 +19,7 @@ from ldm_train.conditioning import Conditioner
 from ldm_train.diffusion import ClassifierFreeGuidance, DDIMSampler, Denoiser, DiffusionObjective
 from ldm_train.nn import Autoencoder
 from ldm_train.randomness import Stream, normal
+from ldm_train.stages.moments import Moments
 from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory, optimizers
 
 _FROZEN = ("autoencoder.",)
@@ -36,9 +37,13 @@ class LatentDiffusion(L.LightningModule):
         guidance: wraps the denoiser for sampling.
         optimizer: parameters -> optimizer.
         lr_scheduler: optimizer -> learning rate curve, or `None`.
+        moments: where the moments of the images' posterior come from, see `ldm_train.stages.moments`.
+        posterior: take the latents as a `sample` of the autoencoder's posterior, as published, or its `mode`, which a
+            small model learns faster where the posterior is wide.
         seed: the run's seed, keys every random draw.
 
     Raises:
+        ValueError: for an unknown `posterior`.
         RuntimeError: if the autoencoder is not calibrated.
         ValueError: if the conditioner's context is not as wide as the network's cross-attention.
     """
@@ -53,10 +58,14 @@ class LatentDiffusion(L.LightningModule):
         guidance: ClassifierFreeGuidance,
         optimizer: OptimizerFactory,
         lr_scheduler: SchedulerFactory | None,
+        moments: Moments,
+        posterior: Literal["sample", "mode"],
         seed: int,
     ) -> None:
         super().__init__()
         autoencoder.require_calibration()
+        if posterior not in ("sample", "mode"):
+            raise ValueError(f"posterior is {posterior!r}; allowed are sample and mode; change `stage.posterior`")
         if conditioner.context_dim != denoiser.network.context_dim:
             raise ValueError(
                 f"the conditioner gives context of width {conditioner.context_dim}, the network attends to width "
@@ -71,6 +80,8 @@ class LatentDiffusion(L.LightningModule):
         self.guidance = guidance
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.moments = moments
+        self.posterior = posterior
         self.seed = seed
         self.autoencoder_digest = digest(autoencoder)
         # Lightning would refuse checkpoints without the frozen parts; `on_load_checkpoint` is stricter than it.
@@ -89,9 +100,12 @@ class LatentDiffusion(L.LightningModule):
 
     @torch.no_grad()
     def latents(self, batch: ImageTextBatch) -> Tensor:
-        """Normalised latents of a batch's images, drawn from the posterior with the samples' noise: (B, C, h, w)."""
+        """Normalised latents of a batch's images, a draw with the samples' own noise or the mode: (B, C, h, w)."""
+        moments, regularizer = self.moments(self.autoencoder, batch), self.autoencoder.regularizer
+        if self.posterior == "mode":
+            return self.autoencoder.normalise(regularizer.mode(moments)).float()
         noise = self._keyed_normal(batch, batch["epoch"], batch["sample_id"], Stream.POSTERIOR)
-        return self.autoencoder.encode(batch["image"], noise).float()
+        return self.autoencoder.normalise(regularizer(moments, noise).z).float()
 
     @torch.no_grad()
     def generate(self, batch: ImageTextBatch, seeds: Tensor) -> Tensor:

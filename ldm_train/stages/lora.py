@@ -6,7 +6,7 @@ Stage 2 with other parameters: load the base model, put adapters into the U-Net,
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from ldm_train.conditioning import Conditioner
 from ldm_train.diffusion import ClassifierFreeGuidance, DDIMSampler, Denoiser, DiffusionObjective
 from ldm_train.nn import Autoencoder, inject_lora, lora_disabled, lora_layers, lora_state_dict
 from ldm_train.stages.latent_diffusion import LatentDiffusion
+from ldm_train.stages.moments import Moments
 from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory
 
 
@@ -34,6 +35,8 @@ class LoRAFineTuning(LatentDiffusion):
         guidance: as in stage 2.
         optimizer: as in stage 2.
         lr_scheduler: as in stage 2.
+        moments: as in stage 2.
+        posterior: as in stage 2.
         seed: as in stage 2.
     """
 
@@ -51,10 +54,22 @@ class LoRAFineTuning(LatentDiffusion):
         guidance: ClassifierFreeGuidance,
         optimizer: OptimizerFactory,
         lr_scheduler: SchedulerFactory | None,
+        moments: Moments,
+        posterior: Literal["sample", "mode"],
         seed: int,
     ) -> None:
         super().__init__(
-            denoiser, autoencoder, conditioner, objective, sampler, guidance, optimizer, lr_scheduler, seed
+            denoiser,
+            autoencoder,
+            conditioner,
+            objective,
+            sampler,
+            guidance,
+            optimizer,
+            lr_scheduler,
+            moments,
+            posterior,
+            seed,
         )
         base = read_checkpoint(Path(base_checkpoint), key="stage.base_checkpoint")
         super().on_load_checkpoint(base)

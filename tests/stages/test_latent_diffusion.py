@@ -83,3 +83,19 @@ def test_another_autoencoder_under_the_same_checkpoint_is_refused(stage):
 def test_an_uncalibrated_autoencoder_is_refused():
     with pytest.raises(RuntimeError, match="not calibrated"):
         LatentDiffusion(**(diffusion_parts() | {"autoencoder": autoencoder(calibrated=False)}))
+
+
+def test_latents_are_draws_whose_mean_is_the_mode(stage):
+    whole = batch(4)
+    with torch.no_grad():
+        stage.autoencoder.to_moments.bias[4:] += 2.0
+    draws = torch.stack([stage.latents(whole | {"epoch": epoch}) for epoch in range(400)])
+    stage.posterior = "mode"
+    error = draws.std(dim=0) / 400**0.5
+    assert ((draws.mean(dim=0) - stage.latents(whole)).abs() < 5 * error).all()
+    assert torch.equal(stage.latents(whole), stage.latents(whole | {"epoch": 7}))
+
+
+def test_an_unknown_posterior_is_refused():
+    with pytest.raises(ValueError, match=r"change `stage.posterior`"):
+        latent_diffusion(posterior="median")

@@ -7,7 +7,7 @@ import torch
 from ldm_train.conditioning import TransformerTextConditioner
 from ldm_train.diffusion import ClassifierFreeGuidance, DDIMSampler, Denoiser, DiffusionObjective, cosine_schedule
 from ldm_train.nn import Autoencoder, AutoencoderLoss, KLRegularizer, UNet
-from ldm_train.stages import AutoencoderStage, LatentDiffusion
+from ldm_train.stages import AutoencoderStage, EncodedMoments, LatentDiffusion
 
 CAPTIONS = ["red apple", "blue car", "green tree", "yellow sun"]
 
@@ -51,6 +51,8 @@ def diffusion_parts():
         "guidance": ClassifierFreeGuidance(2.0),
         "optimizer": optimizer(),
         "lr_scheduler": None,
+        "moments": EncodedMoments(),
+        "posterior": "sample",
         "seed": 0,
     }
 

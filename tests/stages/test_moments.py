@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+from ldm_train.stages import EncodedMoments, RememberedMoments
+
+from .toy import autoencoder, batch
+
+
+def test_remembered_and_encoded_moments_are_the_same_and_the_encoder_runs_once_an_image(monkeypatch):
+    model, remembered = autoencoder(), RememberedMoments()
+    expected = EncodedMoments()(model, batch(4))
+    encoded = []
+    moments = model.moments
+    monkeypatch.setattr(model, "moments", lambda image: encoded.append(len(image)) or moments(image))
+    for _ in range(2):
+        torch.testing.assert_close(remembered(model, batch(4)), expected, rtol=1e-5, atol=1e-5)
+    reversed_batch = {k: v[::-1] if isinstance(v, list) else v.flip(0) for k, v in batch(4).items() if k != "epoch"}
+    torch.testing.assert_close(remembered(model, reversed_batch), expected.flip(0), rtol=1e-5, atol=1e-5)
+    remembered(model, batch(4) | {"key": ["0", "1", "2", "new"]})
+    assert encoded == [4, 1]
+
+
+@pytest.mark.parametrize("augment", [lambda x: x.flip(3), lambda x: x.roll(1, 2), lambda x: x * 0.99])
+def test_augmented_images_are_refused(augment):
+    model, remembered = autoencoder(), RememberedMoments()
+    remembered(model, batch(4))
+    changed = batch(4)
+    changed["image"] = augment(changed["image"])
+    with pytest.raises(ValueError, match=r"image 0 is not what it was .* set `data.crop=center`"):
+        remembered(model, changed)
