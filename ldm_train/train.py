@@ -6,7 +6,9 @@ import os
 import platform
 import warnings
 from pathlib import Path
+from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -40,6 +42,7 @@ def train(cfg: DictConfig) -> float | None:
         ConfigError: if the config is refused; nothing has been touched then.
     """
     check(cfg)
+    _make_checkpoints_absolute(cfg)
     _refuse_sweep_of_subprocesses(cfg)
     _hush_lightning()
     _keep_heap()
@@ -51,12 +54,13 @@ def train(cfg: DictConfig) -> float | None:
             "one; change `resume`"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
-    run = build(cfg, callbacks=(RunRecord(plain(cfg)),))
+    config = plain(cfg)
+    run = build(cfg, callbacks=(RunRecord(config),))
     try:
         if cfg.task == "validate" and checkpoint is not None:
             _validate(run, checkpoint)
         else:
-            _fit(run, checkpoint)
+            _fit(run, checkpoint, config)
     finally:
         finish_wandb()
     value = run.trainer.callback_metrics.get(cfg.metric)
@@ -83,13 +87,47 @@ def resume_path(resume: str, run_dir: Path) -> Path | None:
             except ValueError as error:
                 _log.warning("%s; trying the one before", error)
                 continue
+            if name != "last.ckpt":
+                _log.warning("There is no whole last.ckpt in %s; going on from %s", path.parent, name)
             return path
     return None
 
 
-def _fit(run: Run, checkpoint: Path | None) -> None:
+# Parts of a stage that may change between two halves of a run: they train nothing, or say where files lie.
+_FREE = {"sampler", "guidance", "checkpoint", "base_checkpoint", "key", "total_steps"}
+
+
+def _leaves(node: object, path: str = "stage") -> dict[str, object]:
+    """Path -> value of every plain value of a stage's config, without the parts that are free to change."""
+    if not isinstance(node, dict):
+        return {path: node}
+    kept = {key: value for key, value in node.items() if key not in _FREE}
+    return {name: leaf for key, value in kept.items() for name, leaf in _leaves(value, f"{path}.{key}").items()}
+
+
+def _refuse_another_recipe(trained: dict[str, Any] | None, asked: dict[str, Any], checkpoint: Path) -> None:
+    """A run is one recipe from its first step to its last.
+
+    Raises:
+        ConfigError: if the stage, its parts or its optimizer are not those the checkpoint was trained with.
+    """
+    if trained is None:
+        return
+    before, now = _leaves(trained["stage"]), _leaves(asked["stage"])
+    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    if changed:
+        listed = "".join(f"  - {key}: {before.get(key)!r} -> {now.get(key)!r}\n" for key in changed[:8])
+        raise ConfigError(
+            f"{checkpoint} was trained with another recipe:\n{listed}a run may change its sampler, guidance, steps "
+            "and paths; start another one with `run_id=...`, or this one anew with `resume=never`"
+        )
+
+
+def _fit(run: Run, checkpoint: Path | None, config: dict[str, Any]) -> None:
     if checkpoint is not None:
-        step = read_checkpoint(checkpoint)["global_step"]
+        content = read_checkpoint(checkpoint)
+        step = content["global_step"]
+        _refuse_another_recipe(content.get("config"), config, checkpoint)
         _log.info("Resuming from step %d of %s", step, checkpoint)
         if step >= run.trainer.max_steps >= 0:
             _log.info("This run has all of its %d steps already; more need a larger `trainer.max_steps`", step)
@@ -105,12 +143,21 @@ def _validate(run: Run, checkpoint: Path) -> None:
     run.trainer.validate(run.stage, datamodule=run.data)
 
 
+def _make_checkpoints_absolute(cfg: DictConfig) -> None:
+    """A run's checkpoint names those of earlier stages, and is read from other directories than the command's."""
+    for key in ("stage.autoencoder.checkpoint", "stage.base_checkpoint"):
+        if path := OmegaConf.select(cfg, key):
+            OmegaConf.update(cfg, key, os.path.abspath(path))
+
+
 def _refuse_sweep_of_subprocesses(cfg: DictConfig) -> None:
     """Lightning starts ranks by running this command again; in a multirun each would run the whole sweep again."""
     launched = "SLURM_JOB_ID" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     devices = OmegaConf.select(cfg, "trainer.devices", default=1)
-    if multirun and not launched and str(devices) not in ("1", "auto"):
+    if devices == "auto":
+        devices = 1 if cfg.trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    if multirun and not launched and str(devices) != "1":
         raise ConfigError(
             f"a multirun with trainer.devices={devices}: each process that Lightning starts would run the whole sweep; "
             "allowed are trainer.devices=1, `torchrun --nproc-per-node N -m ldm_train ...` without -m, or a sweep "

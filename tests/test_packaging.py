@@ -53,7 +53,7 @@ def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
         [*command, *quick], cwd=tmp_path, env=environment, check=False, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
-    assert (tmp_path / "runs/demo_autoencoder/default/checkpoints/last.ckpt").is_file()
+    assert (tmp_path / "runs/debug/demo_autoencoder/default/checkpoints/last.ckpt").is_file()
 
 
 def test_every_requirement_is_pinned_to_a_version_in_its_range():

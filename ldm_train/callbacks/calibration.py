@@ -28,6 +28,11 @@ class LatentCalibration(L.Callback):
         self.num_images = num_images
         self.batch_size = batch_size
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Statistics of weights that are about to change are no statistics: a longer run measures again at its end."""
+        assert isinstance(pl_module, AutoencoderStage)
+        pl_module.autoencoder.forget_calibration()
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure and set the statistics."""
         assert isinstance(pl_module, AutoencoderStage)

@@ -6,6 +6,7 @@ saved as raw and averaged ones as averaged.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ class CheckpointWriter(Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
         """Save when an optimizer step has just completed the interval."""
-        if trainer.global_step % self.every_n_steps == 0:
+        # The last step is saved at the very end, after calibration, evaluation and export: a run that is killed in the
+        # midst of these goes back a few steps and does them again.
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != trainer.max_steps:
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -57,7 +60,9 @@ class CheckpointWriter(Checkpoint):
         trainer.save_checkpoint(temporary, weights_only=False)
         if trainer.is_global_zero:
             if last.exists() and trainer.global_step != self._saved_step:
-                last.replace(self.directory / "previous.ckpt")
+                previous = self.directory / "previous.ckpt"
+                previous.unlink(missing_ok=True)
+                os.link(last, previous)
             replace_durably(temporary, last)
         self._saved_step = trainer.global_step
 

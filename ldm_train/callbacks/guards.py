@@ -42,15 +42,18 @@ class NonFiniteGuard(L.Callback):
             self._pending.append((trainer.global_step, batch["key"], loss.detach()))
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if trainer.global_step % every == 0 and self._pending:
-            error = self._look()
-            ranks = all_reduce_sum(torch.tensor(float(error is not None), device=pl_module.device))
-            if ranks > 0:
-                raise error or NonFiniteLossError(f"{int(ranks)} other rank(s) found a loss that is not finite")
+            self._look_together(pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuses to save weights that come out of such a step."""
-        if error := self._look():
-            raise error
+        self._look_together(pl_module)
+
+    def _look_together(self, pl_module: L.LightningModule) -> None:
+        """All ranks look at what they kept and stop together; called where all of them are at the same step."""
+        error = self._look()
+        ranks = all_reduce_sum(torch.tensor(float(error is not None), device=pl_module.device))
+        if ranks > 0:
+            raise error or NonFiniteLossError(f"{int(ranks)} other rank(s) found a loss that is not finite")
 
     def _look(self) -> NonFiniteLossError | None:
         """The error of the first bad loss since the last look, the only wait for the device."""

@@ -236,6 +236,12 @@ class Autoencoder(nn.Module):
         self.latent_mean.copy_(mean.view_as(self.latent_mean))
         self.latent_std.copy_(std.view_as(self.latent_std))
 
+    def forget_calibration(self) -> None:
+        """Back to the state before `calibrate`: latents are refused."""
+        self.latent_mean.fill_(math.nan)
+        self.latent_std.fill_(math.nan)
+        self._known_calibrated = False
+
     def require_calibration(self) -> None:
         """Refuse, with RuntimeError, to go on with latents of unknown scale."""
         if not self.is_calibrated:

@@ -4,6 +4,7 @@ The encoder is frozen, so an image that is never augmented has the same moments 
 posterior is new. For a data set that fits into memory the encoder then runs once an image instead of once a step.
 """
 
+from hashlib import blake2b
 from typing import Protocol
 
 import torch
@@ -11,8 +12,6 @@ from torch import Tensor
 
 from ldm_train.batch import ImageTextBatch
 from ldm_train.nn import Autoencoder
-
-_TOLERANCE = 1e-6
 
 
 class Moments(Protocol):
@@ -32,34 +31,32 @@ class EncodedMoments:
 
 
 class RememberedMoments:
-    """Encodes an image when its key is first met and remembers the result, on the host.
+    """Encodes an image when its pixels are first met and remembers the result, on the host.
 
-    An image that differs from the one remembered under its key, as augmentation makes it, is refused.
+    Args:
+        max_images: images to remember at most.
     """
 
-    def __init__(self) -> None:
-        self._moments: dict[str, Tensor] = {}
-        self._sums: dict[str, float] = {}  # of each image, weighted by position: flips and shifts change it
+    def __init__(self, max_images: int = 50_000) -> None:
+        self.max_images = max_images
+        self._moments: dict[bytes, Tensor] = {}
 
     def __call__(self, autoencoder: Autoencoder, batch: ImageTextBatch) -> Tensor:
-        """Run the encoder on what is new; look the rest up."""
-        image, keys = batch["image"], batch["key"]
-        sums = _weighted_sum(image).tolist()
+        """Run the encoder on what is new; look the rest up.
+
+        Raises:
+            ValueError: if there are more different images than may be remembered.
+        """
+        image = batch["image"]
+        keys = [blake2b(pixels.numpy().tobytes(), digest_size=16).digest() for pixels in image.cpu()]
         new = [i for i, key in enumerate(keys) if key not in self._moments]
         if new:
             for i, moments in zip(new, autoencoder.moments(image[new]).float().cpu(), strict=True):
-                self._moments[keys[i]], self._sums[keys[i]] = moments, sums[i]
-        for key, found in zip(keys, sums, strict=True):
-            if abs(found - self._sums[key]) > _TOLERANCE:
-                raise ValueError(
-                    f"image {key} is not what it was in an earlier epoch; remembered moments allow no augmentation; "
-                    "set `data.crop=center` and `data.flip=false`, or `stage.moments._target_` to "
-                    "ldm_train.stages.EncodedMoments"
-                )
+                self._moments[keys[i]] = moments
+        if len(self._moments) > self.max_images:
+            raise ValueError(
+                f"more than {self.max_images} different images to remember; allowed are small data sets without "
+                "augmentation (`data.crop=center`, `data.flip=false`); set `stage.moments._target_` to "
+                "ldm_train.stages.EncodedMoments, or raise `stage.moments.max_images`"
+            )
         return torch.stack([self._moments[key] for key in keys]).to(image.device)
-
-
-def _weighted_sum(image: Tensor) -> Tensor:
-    """(B, C, H, W) to (B,) float64; the mean over the image of its values times their row and column."""
-    rows, columns = (torch.linspace(0, 1, size, dtype=torch.float64, device=image.device) for size in image.shape[-2:])
-    return (image.double() * (2 * rows[:, None] + columns)).mean(dim=(1, 2, 3))

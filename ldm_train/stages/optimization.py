@@ -3,7 +3,7 @@
 Learning rates are absolute: nothing multiplies them by the number of GPUs or the batch. The curves multiply the
 optimizer's rate by a factor of the step s,
 
-    warm-up:  s / w  for s < w            constant: 1            cosine: f + (1 - f) (1 + cos(pi (s - w) / (S - w))) / 2
+    warm-up: (s + 1) / (w + 1) for s < w      constant: 1      cosine: f + (1 - f) (1 + cos(pi (s - w) / (S - w))) / 2
 """
 
 import math
