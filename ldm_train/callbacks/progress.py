@@ -7,6 +7,7 @@ shown, because reading one waits for the device.
 
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -35,7 +36,7 @@ def subtask(trainer: L.Trainer, description: str, total: int) -> AbstractContext
     return bar.subtask(description, total)
 
 
-class RunProgress(ProgressBar):
+class RunProgress(ProgressBar, ABC):
     """Follows the run by optimizer steps; the subclasses show it.
 
     Args:
@@ -58,17 +59,17 @@ class RunProgress(ProgressBar):
         """Called by Lightning to undo `disable`."""
         self._enabled = True
 
+    @abstractmethod
     def start(self, first_step: int, total_steps: int) -> None:
         """Training starts at `first_step`, not 0 in a resumed run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def show(self, step: int, figures: str) -> None:
         """`step` optimizer steps are done."""
-        raise NotImplementedError
 
+    @abstractmethod
     def subtask(self, description: str, total: int) -> AbstractContextManager[Advance]:
         """Shows work of `total` parts inside the run."""
-        raise NotImplementedError
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the bar of the whole run."""

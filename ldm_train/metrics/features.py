@@ -6,6 +6,7 @@ machine, and its name goes into the key of every figure made with it, so that no
 Random filters tell colour layouts and textures apart, not meanings; enough to see a small model learn.
 """
 
+from abc import ABC, abstractmethod
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +23,7 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_PAGE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
 
 
-class FeatureExtractor(nn.Module):
+class FeatureExtractor(nn.Module, ABC):
     """The contract: `forward` maps bytes (or floats in [-1, 1]) to features, without gradients, in float32.
 
     Attributes:
@@ -44,9 +45,9 @@ class FeatureExtractor(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return self.features(to_uint8(images)).float()
 
+    @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D)."""
-        raise NotImplementedError
 
 
 class RandomConvFeatures(FeatureExtractor):
