@@ -2,10 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.config import conf_dir, missing_keys, register
+from ldm_train.nn.perceptual import VGG16_FILE
 from ldm_train.train import train
 
 # What a few steps of each stage of the demo need to be quick.
@@ -46,6 +48,30 @@ def filled(cfg: DictConfig, runs: Path) -> DictConfig:
 def _one_thread():
     """Toy tensors gain nothing from threads, and lose much where cores are shared."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def vgg16_weights(tmp_path_factory):
+    """A file of VGG16's names and shapes with random values: the weights of LPIPS that nobody has to download."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        shapes = torchvision.models.vgg16(weights=None).features.state_dict()
+    state = {
+        f"features.{name}": torch.randn(tensor.shape, generator=generator) * (tensor[0].numel() / 2) ** -0.5
+        if tensor.ndim > 1
+        else torch.zeros(tensor.shape)
+        for name, tensor in shapes.items()
+    }
+    path = tmp_path_factory.mktemp("torch") / "hub" / "checkpoints" / VGG16_FILE
+    path.parent.mkdir(parents=True)
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture
+def torch_cache(vgg16_weights, monkeypatch):
+    """Torch's cache, with the weights of LPIPS in it."""
+    monkeypatch.setenv("TORCH_HOME", str(vgg16_weights.parents[2]))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """Networks: the autoencoder, the U-Net, and what they are made of; plain `nn.Module`s without a training loop."""
 
+from ldm_train.nn.adversarial import AdversarialLoss, AdversarialTerms, Clock
 from ldm_train.nn.autoencoder import Autoencoder
 from ldm_train.nn.autoencoder_loss import AutoencoderLoss, AutoencoderLossTerms
+from ldm_train.nn.discriminator import HINGE, NON_SATURATING, AdversarialForm, GlobalBatchNorm2d, PatchDiscriminator
 from ldm_train.nn.ema import ExponentialMovingAverage
 from ldm_train.nn.lora import (
     LoRALinear,
@@ -13,18 +15,30 @@ from ldm_train.nn.lora import (
     lora_state_dict,
     merge_lora,
 )
+from ldm_train.nn.perceptual import LPIPS
 from ldm_train.nn.regularizer import KLRegularizer, Regularized
 from ldm_train.nn.unet import UNet
+from ldm_train.nn.vector_quantizer import VectorQuantizer
 
 __all__ = [
+    "HINGE",
+    "LPIPS",
+    "NON_SATURATING",
+    "AdversarialForm",
+    "AdversarialLoss",
+    "AdversarialTerms",
     "Autoencoder",
     "AutoencoderLoss",
     "AutoencoderLossTerms",
+    "Clock",
     "ExponentialMovingAverage",
+    "GlobalBatchNorm2d",
     "KLRegularizer",
     "LoRALinear",
+    "PatchDiscriminator",
     "Regularized",
     "UNet",
+    "VectorQuantizer",
     "inject_lora",
     "load_lora_state_dict",
     "lora_disabled",

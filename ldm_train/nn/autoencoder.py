@@ -11,117 +11,17 @@ Letters: B batch, C latent channels, H and W image height and width, h and w tho
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_train.nn.attention import SpatialSelfAttention
-from ldm_train.nn.regularizer import KLRegularizer, Regularized
-from ldm_train.nn.resnet import Downsample, ResidualBlock, Upsample
+from ldm_train.nn.pyramid import Decoder, Encoder, Pyramid
+from ldm_train.nn.regularizer import Regularized, Regularizer
+from ldm_train.nn.tiling import tiled
 
-_NORM_EPSILON = 1e-6
-
-
-class Middle(nn.Module):
-    """The innermost stage: residual block, self-attention, residual block."""
-
-    def __init__(self, channels: int, norm_groups: int, attention: bool) -> None:
-        super().__init__()
-        self.block_in = ResidualBlock(channels, channels, None, norm_groups, _NORM_EPSILON)
-        self.attention = SpatialSelfAttention(channels, norm_groups) if attention else nn.Identity()
-        self.block_out = ResidualBlock(channels, channels, None, norm_groups, _NORM_EPSILON)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) to (B, C, h, w)."""
-        return self.block_out(self.attention(self.block_in(x)))
-
-
-class Level(nn.Module):
-    """Residual blocks of one resolution, then an optional change to the next."""
-
-    def __init__(self, widths: Sequence[int], norm_groups: int, attention: bool, resample: nn.Module | None) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for c_in, c_out in pairwise(widths):
-            layers.append(ResidualBlock(c_in, c_out, None, norm_groups, _NORM_EPSILON))
-            if attention:
-                layers.append(SpatialSelfAttention(c_out, norm_groups))
-        self.layers = nn.Sequential(*layers)
-        self.resample = nn.Identity() if resample is None else resample
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the next level's shape."""
-        return self.resample(self.layers(x))
-
-
-@dataclass(frozen=True)
-class Pyramid:
-    """What encoder and decoder share; see `Autoencoder` for its fields."""
-
-    channels: int
-    channel_multipliers: tuple[int, ...]
-    num_res_blocks: int
-    attention_factors: tuple[int, ...]
-    middle_attention: bool
-    norm_groups: int
-
-    @property
-    def levels(self) -> list[tuple[int, int, bool]]:
-        """Number, width and attention of each level, the finest first."""
-        widths = [self.channels * multiplier for multiplier in self.channel_multipliers]
-        return [(level, width, 2**level in self.attention_factors) for level, width in enumerate(widths)]
-
-
-class Encoder(nn.Module):
-    """Image (B, 3, H, W) to features (B, `out_channels`, h, w)."""
-
-    def __init__(self, in_channels: int, out_channels: int, shape: Pyramid) -> None:
-        super().__init__()
-        groups, previous = shape.norm_groups, shape.channels
-        self.conv_in = nn.Conv2d(in_channels, previous, 3, padding=1)
-        self.down = nn.ModuleList()
-        for level, width, attention in shape.levels:
-            resample = Downsample(width, symmetric=False) if level < len(shape.levels) - 1 else None
-            self.down.append(Level([previous, *[width] * shape.num_res_blocks], groups, attention, resample))
-            previous = width
-        self.middle = Middle(previous, groups, shape.middle_attention)
-        self.norm_out = nn.GroupNorm(groups, previous, eps=_NORM_EPSILON)
-        self.conv_out = nn.Conv2d(previous, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Encode (B, 3, H, W)."""
-        h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.middle(h))))
-
-
-class Decoder(nn.Module):
-    """Features (B, `in_channels`, h, w) to image (B, 3, H, W)."""
-
-    def __init__(self, in_channels: int, out_channels: int, shape: Pyramid) -> None:
-        super().__init__()
-        groups, previous = shape.norm_groups, shape.levels[-1][1]
-        self.conv_in = nn.Conv2d(in_channels, previous, 3, padding=1)
-        self.middle = Middle(previous, groups, shape.middle_attention)
-        self.up = nn.ModuleList()
-        for level, width, attention in reversed(shape.levels):
-            resample = Upsample(width) if level else None
-            self.up.append(Level([previous, *[width] * (shape.num_res_blocks + 1)], groups, attention, resample))
-            previous = width
-        self.norm_out = nn.GroupNorm(groups, previous, eps=_NORM_EPSILON)
-        self.conv_out = nn.Conv2d(previous, out_channels, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Decode (B, C, h, w)."""
-        h = self.middle(self.conv_in(z))
-        for level in self.up:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+_MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 class Autoencoder(nn.Module):
@@ -137,6 +37,15 @@ class Autoencoder(nn.Module):
         middle_attention: self-attention in the middle.
         norm_groups: groups of the normalisations; must divide every width.
         in_channels: channels of an image.
+        checkpoint_factors: downsampling factors of the levels whose activations are computed again in the backward pass
+            instead of being kept, see `ldm_train.nn.pyramid`.
+        memory_format: `contiguous` or `channels_last`: how weights and activations lie in memory; values are the same.
+        tile_size: height and width in pixels above which images are encoded and decoded in tiles, if no gradient is
+            wanted; `None`: never. See `ldm_train.nn.tiling`.
+        tile_overlap: pixels that neighbouring tiles share at least.
+
+    Raises:
+        ValueError: if the arguments describe no network.
     """
 
     latent_mean: Tensor
@@ -144,7 +53,7 @@ class Autoencoder(nn.Module):
 
     def __init__(
         self,
-        regularizer: KLRegularizer,
+        regularizer: Regularizer,
         latent_channels: int,
         channels: int = 128,
         channel_multipliers: Sequence[int] = (1, 2, 4, 4),
@@ -153,42 +62,51 @@ class Autoencoder(nn.Module):
         middle_attention: bool = True,
         norm_groups: int = 32,
         in_channels: int = 3,
+        checkpoint_factors: Sequence[int] = (),
+        memory_format: Literal["contiguous", "channels_last"] = "contiguous",
+        tile_size: int | None = None,
+        tile_overlap: int = 128,
     ) -> None:
         super().__init__()
-        if channels % norm_groups:
-            raise ValueError(
-                f"channels are {channels}, which {norm_groups} normalisation groups do not divide; allowed are "
-                "multiples of the groups; change `autoencoder.channels` or `autoencoder.norm_groups`"
-            )
+        self.pyramid = Pyramid(
+            channels,
+            tuple(channel_multipliers),
+            num_res_blocks,
+            tuple(attention_factors),
+            middle_attention,
+            norm_groups,
+            tuple(checkpoint_factors),
+        )
+        self.in_channels, self.latent_channels = in_channels, latent_channels
+        self.downsampling_factor = self.pyramid.factor
+        _check(latent_channels, memory_format, tile_size, tile_overlap, self.downsampling_factor)
+        self.tile_size, self.tile_overlap = tile_size, tile_overlap
         moments = regularizer.moments_per_channel * latent_channels
-        multipliers, factors = tuple(channel_multipliers), tuple(attention_factors)
-        shape = Pyramid(channels, multipliers, num_res_blocks, factors, middle_attention, norm_groups)
-        self.latent_channels = latent_channels
-        self.downsampling_factor = 2 ** (len(channel_multipliers) - 1)
-        self.encoder = Encoder(in_channels, moments, shape)
+        self.encoder = Encoder(in_channels, moments, self.pyramid)
         self.to_moments = nn.Conv2d(moments, moments, 1)
         self.regularizer = regularizer
         self.from_latents = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.decoder = Decoder(latent_channels, in_channels, shape)
+        self.decoder = Decoder(latent_channels, in_channels, self.pyramid)
         self._known_calibrated = False
         statistics = torch.full((1, latent_channels, 1, 1), math.nan)
         self.register_buffer("latent_mean", statistics.clone())
         self.register_buffer("latent_std", statistics)
+        self.memory_format = _MEMORY_FORMATS[memory_format]
+        self.to(memory_format=self.memory_format)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Regularized]:
         """Reconstruct images (B, 3, H, W); with the latents' regularizer result. `noise` as in `encode`."""
         regularized = self.regularizer(self.moments(x), noise)
-        return self.decoder(self.from_latents(regularized.z)), regularized
+        return self.decode_raw(regularized.z), regularized
 
     def moments(self, x: Tensor) -> Tensor:
-        """The encoder's output for images (B, 3, H, W): what the regularizer reads, (B, k C, h, w)."""
-        height, width = x.shape[-2:]
-        if height % self.downsampling_factor or width % self.downsampling_factor:
-            raise ValueError(
-                f"images are {height} x {width}; allowed are multiples of {self.downsampling_factor}, the "
-                "autoencoder's downsampling factor f; change `image_size`, or choose another `autoencoder`"
-            )
-        return self.to_moments(self.encoder(x))
+        """The encoder's output for images (B, 3, H, W): what the regularizer reads, (B, k C, h, w).
+
+        Raises:
+            ValueError: if the images are of another shape, or no floating-point numbers.
+        """
+        self._check_images(x)
+        return self._in_tiles(self._encoded, x, in_cell=self.downsampling_factor, out_cell=1)
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images to normalised latents.
@@ -202,6 +120,7 @@ class Autoencoder(nn.Module):
 
         Raises:
             RuntimeError: if the latents were never calibrated.
+            ValueError: if the images are of another shape, or no floating-point numbers.
         """
         moments = self.moments(x)
         z = self.regularizer.mode(moments) if noise is None else self.regularizer(moments, noise).z
@@ -210,14 +129,29 @@ class Autoencoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, C, h, w) to images (B, 3, H, W), unclamped; in float32 even under autocast."""
         self.require_calibration()
+        if latents.dim() != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"latents are of shape {tuple(latents.shape)}; allowed is (B, {self.latent_channels}, h, w); change "
+                "`autoencoder.latent_channels` to the checkpoint's"
+            )
         with torch.autocast(latents.device.type, enabled=False):
             z = latents.float() * self.latent_std + self.latent_mean
-            return self.decoder(self.from_latents(z))
+            z = self.regularizer.project(z)
+            return self._in_tiles(self.decode_raw, z, in_cell=1, out_cell=self.downsampling_factor)
+
+    def decode_raw(self, z: Tensor) -> Tensor:
+        """Latents (B, C, h, w) as the regularizer gives them, not normalised, to images (B, 3, H, W), unclamped."""
+        return self.decoder(self.from_latents(z.contiguous(memory_format=self.memory_format)))
 
     def normalise(self, z: Tensor) -> Tensor:
         """Raw latents to zero mean and unit variance."""
         self.require_calibration()
         return (z - self.latent_mean) / self.latent_std
+
+    @property
+    def last_weight(self) -> Tensor:
+        """The weight of the decoder's last convolution, through which every gradient of a loss on images passes."""
+        return self.decoder.conv_out.weight
 
     @property
     def is_calibrated(self) -> bool:
@@ -231,7 +165,7 @@ class Autoencoder(nn.Module):
         if not bool((std > 0).all()):
             raise ValueError(
                 f"latent standard deviations are {std.flatten().tolist()}; allowed are positive numbers; a channel "
-                "without variance has collapsed: lower `stage.loss.kl_weight` or train longer"
+                "without variance has collapsed: lower `autoencoder.regularizer.weight` or train longer"
             )
         self.latent_mean.copy_(mean.view_as(self.latent_mean))
         self.latent_std.copy_(std.view_as(self.latent_std))
@@ -249,3 +183,55 @@ class Autoencoder(nn.Module):
                 "the autoencoder's latents are not calibrated (latent_std is NaN); a calibrated checkpoint is needed, "
                 "which stage 1 writes at its end; set `stage.autoencoder.checkpoint` to one"
             )
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        return self.to_moments(self.encoder(x.contiguous(memory_format=self.memory_format)))
+
+    def _in_tiles(self, function: Callable[[Tensor], Tensor], x: Tensor, in_cell: int, out_cell: int) -> Tensor:
+        """`function(x)`, in tiles if these are asked for and nothing is kept for a backward pass anyway."""
+        trained = x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        if self.tile_size is None or (trained and torch.is_grad_enabled()):
+            return function(x)
+        size, overlap = (pixels // self.downsampling_factor for pixels in (self.tile_size, self.tile_overlap))
+        return tiled(function, x, size, overlap, in_cell, out_cell)
+
+    def _check_images(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"images are of shape {tuple(x.shape)}; allowed is (B, {self.in_channels}, H, W); change "
+                "`autoencoder.in_channels`, or `data` to images of so many channels"
+            )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"images are of type {x.dtype}; allowed are floating-point numbers in [-1, 1], for bytes "
+                "`x / 127.5 - 1`; change `data` to one that gives them"
+            )
+        height, width = x.shape[-2:]
+        if height % self.downsampling_factor or width % self.downsampling_factor:
+            raise ValueError(
+                f"images are {height} x {width}; allowed are multiples of {self.downsampling_factor}, the "
+                "autoencoder's downsampling factor f; change `image_size`, or choose another `autoencoder`"
+            )
+
+
+def _check(latent_channels: int, memory_format: str, tile_size: int | None, tile_overlap: int, factor: int) -> None:
+    """Refuse, with ValueError, what `Pyramid` does not look at."""
+    if latent_channels < 1:
+        raise ValueError(
+            f"latent_channels is {latent_channels}; allowed are numbers from 1; change `autoencoder.latent_channels`"
+        )
+    if memory_format not in _MEMORY_FORMATS:
+        raise ValueError(
+            f"memory_format is {memory_format!r}; allowed are {' and '.join(_MEMORY_FORMATS)}; change "
+            "`autoencoder.memory_format`"
+        )
+    if tile_size is not None and (tile_size < 1 or tile_size % factor):
+        raise ValueError(
+            f"tile_size is {tile_size}; allowed are multiples of {factor}, the downsampling factor f, and null; change "
+            "`autoencoder.tile_size`"
+        )
+    if tile_size is not None and (tile_overlap % factor or not 0 <= tile_overlap < tile_size):
+        raise ValueError(
+            f"tile_overlap is {tile_overlap}; allowed are multiples of {factor}, the downsampling factor f, from 0 and "
+            f"below the tile_size of {tile_size}; change `autoencoder.tile_overlap` or `autoencoder.tile_size`"
+        )

@@ -1,9 +1,15 @@
-"""The autoencoder's loss: how far the reconstruction is off, and how far the latents are from their prior.
+"""The autoencoder's loss: how far is the reconstruction off, how far are the latents from their prior, who sees it?
 
-    L = sum over pixels of |x - x_hat|^p  +  kl_weight * regularizer loss,   p = 1 or 2        (per image, then mean)
+Rombach et al. 2022, eq. 25; Esser et al. 2021, eq. 6:
 
-The published models sum over pixels and over latents, so their `kl_weight` of 1e-6 is relative to a sum over 196,608
-values at 256 px. `reduction: mean` divides both sums by their number of values; `equivalent_kl_weight` converts.
+    L = R(|x - x_hat|^p + LPIPS weight * LPIPS(x, x_hat)) + regularizer + generator term + discriminator term
+
+with p = 1 or 2 and R the sum over an image's pixel values, or their mean, as the regularizer's weight asks for; then
+the mean over images. LPIPS is one number an image, added to each of its pixel values as in the published models. The
+discriminator term trains the discriminator alone and the others the autoencoder alone, see `ldm_train.nn.adversarial`,
+so one backward pass gives each its own gradients.
+
+Letters: B batch, H and W height and width.
 """
 
 from typing import Literal, NamedTuple
@@ -11,47 +17,76 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm_train.nn.regularizer import Regularized
+from ldm_train.nn.adversarial import AdversarialLoss, Clock
+from ldm_train.nn.perceptual import LPIPS
+from ldm_train.nn.regularizer import Reduction, Regularized
 
 
 class AutoencoderLossTerms(NamedTuple):
-    """The total and its terms, scalars."""
+    """The total to differentiate, and its terms by the names they are logged under; all scalars."""
 
     total: Tensor
-    pixel: Tensor
-    regularizer: Tensor
+    log: dict[str, Tensor]
 
 
 class AutoencoderLoss(nn.Module):
-    """Pixel loss plus weighted regularizer loss.
+    """Pixel, perceptual, regularizer's and adversarial loss.
 
     Args:
         pixel_norm: 1 for absolute, 2 for square errors.
-        kl_weight: weight of the regularizer's loss, relative to `reduction`.
-        reduction: `sum` over pixels and latents of an image as published, or `mean`.
+        perceptual: LPIPS with its weight, or `None`.
+        adversarial: a discriminator and how it is used, or `None`.
     """
 
     def __init__(
-        self, pixel_norm: Literal[1, 2] = 1, kl_weight: float = 1e-6, reduction: Literal["sum", "mean"] = "sum"
+        self,
+        pixel_norm: Literal[1, 2] = 1,
+        perceptual: LPIPS | None = None,
+        adversarial: AdversarialLoss | None = None,
     ) -> None:
         super().__init__()
         if pixel_norm not in (1, 2):
             raise ValueError(f"pixel_norm is {pixel_norm}; allowed are 1 and 2; change `stage.loss.pixel_norm`")
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction is {reduction!r}; allowed are sum and mean; change `stage.loss.reduction`")
         self.pixel_norm = pixel_norm
-        self.kl_weight = kl_weight
-        self.reduction = reduction
+        self.perceptual = perceptual
+        self.adversarial = adversarial
 
-    def forward(self, x: Tensor, reconstruction: Tensor, regularized: Regularized) -> AutoencoderLossTerms:
-        """Compare images (B, 3, H, W) with their reconstructions."""
-        error = torch.abs(x - reconstruction.float()) ** self.pixel_norm
-        pixel, regularizer = error.flatten(1).sum(1).mean(), regularized.loss.float().mean()
-        if self.reduction == "mean":
-            pixel, regularizer = pixel / x[0].numel(), regularizer / regularized.z[0].numel()
-        return AutoencoderLossTerms(pixel + self.kl_weight * regularizer, pixel, regularizer)
+    def forward(
+        self, x: Tensor, reconstruction: Tensor, regularized: Regularized, last_weight: Tensor, clock: Clock
+    ) -> AutoencoderLossTerms:
+        """The loss of a training step.
 
-    def equivalent_kl_weight(self, pixels: int, latents: int) -> float:
-        """The weight that means the same under the other reduction, for so many values per image."""
-        ratio = latents / pixels
-        return self.kl_weight * (ratio if self.reduction == "sum" else 1 / ratio)
+        Args:
+            x: (B, 3, H, W) images in [-1, 1].
+            reconstruction: (B, 3, H, W) what the autoencoder makes of them.
+            regularized: the latents and their loss.
+            last_weight: the decoder's last weight, at which adversarial and reconstruction gradients are balanced.
+            clock: how far the run is; decides what the discriminator does.
+        """
+        reconstruction = reconstruction.float()
+        difference, log = self._difference(x, reconstruction, regularized.reduction)
+        terms = self._with_regularizer(difference, log, regularized)
+        if self.adversarial is None:
+            return terms
+        added = self.adversarial(x, reconstruction, difference, last_weight, clock)
+        return AutoencoderLossTerms(terms.total + added.generator + added.discriminator, terms.log | added.log)
+
+    def without_adversary(self, x: Tensor, reconstruction: Tensor, regularized: Regularized) -> AutoencoderLossTerms:
+        """The loss by which validation judges: one that means the same at every step."""
+        difference, log = self._difference(x, reconstruction.float(), regularized.reduction)
+        return self._with_regularizer(difference, log, regularized)
+
+    def _difference(self, x: Tensor, reconstruction: Tensor, reduction: Reduction) -> tuple[Tensor, dict[str, Tensor]]:
+        pixel = (torch.abs(x - reconstruction) ** self.pixel_norm).flatten(1).mean(1).mean()
+        values = x[0].numel() if reduction == "sum" else 1
+        difference, log = values * pixel, {"loss_pixel": values * pixel.detach()}
+        if self.perceptual is not None and self.perceptual.weight:
+            perceptual = self.perceptual(x, reconstruction).mean()
+            difference = difference + values * self.perceptual.weight * perceptual
+            log["loss_perceptual"] = perceptual.detach()
+        return difference, log
+
+    @staticmethod
+    def _with_regularizer(difference: Tensor, log: dict[str, Tensor], regularized: Regularized) -> AutoencoderLossTerms:
+        regularizer = regularized.loss.float().mean()
+        return AutoencoderLossTerms(difference + regularizer, log | {"loss_regularizer": regularizer.detach()})

@@ -5,51 +5,152 @@ Welling 2014, appendix B) reads mean and log-variance of a diagonal Gaussian pos
 
     z = mean + exp(logvar / 2) noise,     KL(q || N(0, I)) = 1/2 sum (mean^2 + exp(logvar) - 1 - logvar)
 
-The contract: `moments_per_channel` tells the autoencoder how many channels to produce for each latent channel,
-`forward(moments, noise)` returns latents, a loss per example and values to log, `mode(moments)` the likeliest latents.
+The vector-quantised one is in `ldm_train.nn.vector_quantizer`.
+
+A weight of the regularizer's loss means nothing without what it is weighed against: `reduction` says whether that is
+the pixel loss summed over an image (the published KL models, 1e-6) or averaged over its values (the published VQ
+models, 1). `equivalent_weight` converts.
+
+Letters: B batch, C latent channels, h and w height and width of the latents, k moments per channel.
 """
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-_LOG_VARIANCE_RANGE = (-30.0, 20.0)
+Reduction = Literal["sum", "mean"]
 
 
 class Regularized(NamedTuple):
     """A regularizer's result.
 
     Attributes:
-        z: (B, C, h, w) latents, before normalisation.
-        loss: (B,) the regularizer's loss, summed over the latents of each example.
+        z: (B, C, h, w) latents, before normalisation, as the decoder reads them.
+        loss: (B,) weighted loss of each example, summed or averaged over its latents as `reduction` says.
+        reduction: how the pixel loss must be reduced for the two to be added.
         log: scalars to log, by name.
+        indices: (B, h, w) codes of a codebook, if there is one.
     """
 
     z: Tensor
     loss: Tensor
+    reduction: Reduction
     log: dict[str, Tensor]
+    indices: Tensor | None = None
 
 
-class KLRegularizer(nn.Module):
-    """Pulls a diagonal Gaussian posterior towards N(0, I)."""
+class Regularizer(nn.Module, ABC):
+    """The contract of all regularizers.
+
+    Args:
+        weight: weight of its loss, relative to a pixel loss reduced the same way.
+        reduction: `sum` over the latents of an image, or `mean`.
+
+    Attributes:
+        moments_per_channel: channels that the encoder produces for each latent channel, k.
+        codebook_size: codes there are, or `None`.
+    """
+
+    moments_per_channel: int
+    codebook_size: int | None = None
+
+    def __init__(self, weight: float, reduction: Reduction) -> None:
+        super().__init__()
+        if weight < 0:
+            raise ValueError(
+                f"the regularizer's weight is {weight}; allowed are numbers from 0; change "
+                "`autoencoder.regularizer.weight`"
+            )
+        if reduction not in ("sum", "mean"):
+            raise ValueError(
+                f"reduction is {reduction!r}; allowed are sum and mean; change `autoencoder.regularizer.reduction`"
+            )
+        self.weight = weight
+        self.reduction = reduction
+
+    @abstractmethod
+    def forward(self, moments: Tensor, noise: Tensor | None) -> Regularized:
+        """Latents and their loss.
+
+        Args:
+            moments: (B, k C, h, w) the encoder's output.
+            noise: (B, C, h, w) standard normal, keyed by sample, for whatever is drawn; `None`: nothing is.
+        """
+
+    @abstractmethod
+    def mode(self, moments: Tensor) -> Tensor:
+        """The likeliest latents, which stage 2 learns to generate: (B, C, h, w)."""
+
+    @abstractmethod
+    def variance(self, moments: Tensor) -> Tensor:
+        """The posterior variance, zero where nothing is drawn: (B, C, h, w)."""
+
+    @abstractmethod
+    def project(self, z: Tensor) -> Tensor:
+        """Latents (B, C, h, w), as generated, to what the decoder was trained on: the same shape."""
+
+    def reduced(self, values: Tensor) -> Tensor:
+        """(B, ...) values of each latent to the weighted loss (B,) of each example."""
+        flat = values.flatten(1)
+        return self.weight * (flat.sum(1) if self.reduction == "sum" else flat.mean(1))
+
+    def equivalent_weight(self, pixels: int, latents: int) -> float:
+        """The weight that means the same under the other reduction, for so many values per image."""
+        ratio = latents / pixels
+        return self.weight * (ratio if self.reduction == "sum" else 1 / ratio)
+
+
+class KLRegularizer(Regularizer):
+    """Pulls a diagonal Gaussian posterior towards N(0, I).
+
+    Args:
+        weight: weight of the divergence.
+        reduction: see `Regularizer`.
+        posterior: the decoder is trained on a `sample` of the posterior, or on its `mean`.
+        log_variance_range: log-variances are clamped to it.
+    """
 
     moments_per_channel = 2
+
+    def __init__(
+        self,
+        weight: float = 1e-6,
+        reduction: Reduction = "sum",
+        posterior: Literal["sample", "mean"] = "sample",
+        log_variance_range: tuple[float, float] = (-30.0, 20.0),
+    ) -> None:
+        super().__init__(weight, reduction)
+        lowest, highest = log_variance_range
+        if posterior not in ("sample", "mean"):
+            raise ValueError(
+                f"posterior is {posterior!r}; allowed are sample and mean; change `autoencoder.regularizer.posterior`"
+            )
+        if lowest >= highest:
+            raise ValueError(
+                f"log_variance_range is {[lowest, highest]}; allowed is a lower and a higher number; change "
+                "`autoencoder.regularizer.log_variance_range`"
+            )
+        self.posterior = posterior
+        self.log_variance_range = (lowest, highest)
 
     def forward(self, moments: Tensor, noise: Tensor | None) -> Regularized:
         """Draw latents.
 
         Args:
-            moments: (B, 2C, h, w) means, then log-variances (clamped to [-30, 20]).
+            moments: (B, 2C, h, w) means, then log-variances.
             noise: (B, C, h, w) standard normal; `None` takes the mean.
 
         Returns:
-            Latents, the KL divergence of each example, and its mean under `kl`.
+            Latents, the weighted KL divergence of each example, and the mean divergence of an example under `kl`.
         """
         mean, log_variance = self._split(moments)
-        z = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).flatten(1).sum(1)
-        return Regularized(z, kl, {"kl": kl.mean()})
+        z = mean
+        if noise is not None and self.posterior == "sample":
+            z = mean + torch.exp(0.5 * log_variance) * noise
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance)
+        return Regularized(z, self.reduced(kl), self.reduction, {"kl": kl.detach().flatten(1).sum(1).mean()})
 
     def mode(self, moments: Tensor) -> Tensor:
         """The posterior mean: (B, C, h, w)."""
@@ -59,6 +160,10 @@ class KLRegularizer(nn.Module):
         """The posterior variance: (B, C, h, w)."""
         return self._split(moments)[1].exp()
 
+    def project(self, z: Tensor) -> Tensor:
+        """Every point is allowed: `z` itself."""
+        return z
+
     def _split(self, moments: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_variance = moments.chunk(2, dim=1)
-        return mean, log_variance.clamp(*_LOG_VARIANCE_RANGE)
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        return mean, log_variance.clamp(*self.log_variance_range)

@@ -1,7 +1,10 @@
 import pytest
 import torch
+from torch import nn
 
-from ldm_train.nn import Autoencoder, AutoencoderLoss, KLRegularizer, Regularized
+from ldm_train.checkpoint import strict_load
+from ldm_train.nn import Autoencoder, KLRegularizer
+from ldm_train.nn.attention import SpatialSelfAttention
 
 SMALL = {"latent_channels": 3, "channels": 16, "channel_multipliers": (1, 2, 2), "num_res_blocks": 1, "norm_groups": 8}
 
@@ -15,23 +18,6 @@ def autoencoder():
 @pytest.fixture
 def image():
     return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-@pytest.mark.parametrize(
-    ("latent_channels", "multipliers", "attention", "parameters"),
-    [
-        (3, (1, 2, 4), (), 55_312_063),
-        (4, (1, 2, 4, 4), (), 83_653_863),
-        (16, (1, 1, 2, 2, 4), (16,), 69_610_963),
-        (64, (1, 1, 2, 2, 4, 4), (16, 32), 103_880_131),
-    ],
-    ids=["kl_f4", "kl_f8", "kl_f16", "kl_f32"],
-)
-def test_published_parameter_counts(latent_channels, multipliers, attention, parameters):
-    with torch.device("meta"):
-        model = Autoencoder(KLRegularizer(), latent_channels, 128, multipliers, attention_factors=attention)
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    assert model.downsampling_factor == 2 ** (len(multipliers) - 1)
 
 
 def test_latents_are_normalised_and_the_decoder_undoes_it(autoencoder, image):
@@ -60,18 +46,173 @@ def test_calibration_travels_in_the_state_dict(autoencoder):
 
 
 def test_a_collapsed_channel_is_refused(autoencoder):
-    with pytest.raises(ValueError, match=r"collapsed: lower `stage.loss.kl_weight`"):
+    with pytest.raises(ValueError, match=r"collapsed: lower `autoencoder.regularizer.weight`"):
         autoencoder.calibrate(torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]))
 
 
-def test_sizes_that_do_not_divide_are_refused(autoencoder):
-    with pytest.raises(ValueError, match=r"images are 18 x 16; allowed are multiples of 4, .* change `image_size`"):
-        autoencoder.encode(torch.zeros(1, 3, 18, 16))
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.zeros(1, 3, 18, 16), r"images are 18 x 16; allowed are multiples of 4, .* change `image_size`"),
+        (torch.zeros(1, 4, 16, 16), r"shape \(1, 4, 16, 16\); allowed is \(B, 3, H, W\); .*`autoencoder.in_channels`"),
+        (torch.zeros(3, 16, 16), r"shape \(3, 16, 16\); allowed is \(B, 3, H, W\)"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), r"torch.uint8; allowed are floating-point .* change `data`"),
+    ],
+)
+def test_what_is_no_image_is_refused(autoencoder, image, message):
+    for method in (autoencoder, autoencoder.moments, autoencoder.encode):
+        with pytest.raises(ValueError, match=message):
+            method(image)
 
 
-def test_groups_must_divide_the_channels():
-    with pytest.raises(ValueError, match=r"change `autoencoder\.channels`"):
-        Autoencoder(KLRegularizer(), **(SMALL | {"channels": 20}))
+def test_latents_of_another_autoencoder_are_refused(autoencoder):
+    autoencoder.calibrate(torch.zeros(3), torch.ones(3))
+    with pytest.raises(ValueError, match=r"\(1, 4, 4, 4\); allowed is \(B, 3, h, w\); .*`autoencoder.latent_channels`"):
+        autoencoder.decode(torch.zeros(1, 4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"channels": 20}, "channels"),
+        ({"channel_multipliers": ()}, "channel_multipliers"),
+        ({"channel_multipliers": (1, 0)}, "channel_multipliers"),
+        ({"num_res_blocks": 0}, "num_res_blocks"),
+        ({"attention_factors": (4, 8)}, "attention_factors"),
+        ({"checkpoint_factors": (3,)}, "checkpoint_factors"),
+        ({"latent_channels": 0}, "latent_channels"),
+        ({"memory_format": "nhwc"}, "memory_format"),
+        ({"tile_size": 18}, "tile_size"),
+        ({"tile_size": 16, "tile_overlap": 16}, "tile_overlap"),
+        ({"tile_size": 16, "tile_overlap": 6}, "tile_overlap"),
+    ],
+)
+def test_arguments_that_describe_no_network_are_refused(change, key):
+    with pytest.raises(ValueError, match=rf"{key} (is|are) .*; allowed .*; change\s`autoencoder\.{key}`"):
+        Autoencoder(KLRegularizer(), **(SMALL | change))
+
+
+@pytest.mark.parametrize("multipliers", [(2,), (1, 3), (3, 1, 2, 1)])
+@pytest.mark.parametrize("latent_channels", [1, 5])
+def test_any_pyramid_divides_by_two_a_level(multipliers, latent_channels):
+    factor = 2 ** (len(multipliers) - 1)
+    shape = SMALL | {"channel_multipliers": multipliers, "latent_channels": latent_channels}
+    model = Autoencoder(KLRegularizer(), **shape, attention_factors=(factor,))
+    x = torch.rand(1, 3, 3 * factor, 2 * factor)
+    assert model.downsampling_factor == factor
+    assert model.moments(x).shape == (1, 2 * latent_channels, 3, 2)
+    assert model(x)[0].shape == x.shape
+
+
+def _attentions(model):
+    return [name for name, module in model.named_modules() if isinstance(module, SpatialSelfAttention)]
+
+
+def test_attention_stands_at_the_factors_named_and_nowhere_else():
+    shape = SMALL | {"middle_attention": False}
+    assert _attentions(Autoencoder(KLRegularizer(), **shape)) == []
+    model = Autoencoder(KLRegularizer(), **shape, attention_factors=(2,))
+    assert _attentions(model) == ["encoder.down.1.layers.1", "decoder.up.1.layers.1", "decoder.up.1.layers.3"]
+
+
+def test_every_gradient_of_an_image_loss_passes_the_last_weight(autoencoder, image):
+    """Half the weight and its bias, half the image: nothing comes after it."""
+    before = autoencoder(image)[0]
+    with torch.no_grad():
+        autoencoder.last_weight.mul_(0.5)
+        autoencoder.decoder.conv_out.bias.mul_(0.5)
+    torch.testing.assert_close(autoencoder(image)[0], before / 2)
+
+
+def _gradients(model, image):
+    """The gradients, and the bytes of all activations that are kept for the backward pass."""
+    weights, saved = {weight.data_ptr() for weight in model.parameters()}, 0
+
+    def count(tensor):
+        nonlocal saved
+        saved += tensor.nbytes if tensor.data_ptr() not in weights else 0
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        reconstruction, regularized = model(image, torch.ones(2, 3, 4, 4))
+        loss = reconstruction.square().mean() + regularized.loss.mean()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, saved
+
+
+def test_recomputed_levels_have_equal_gradients_and_keep_less(autoencoder, image):
+    expected, most = _gradients(autoencoder, image)
+    kept = [most]
+    for factors in ((1,), (1, 2), (1, 2, 4)):
+        model = Autoencoder(KLRegularizer(), **SMALL, checkpoint_factors=factors)
+        model.load_state_dict(autoencoder.state_dict())
+        gradients, saved = _gradients(model, image)
+        kept.append(saved)
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+    assert kept == sorted(kept, reverse=True)
+    assert kept[1] < 0.6 * kept[0]
+    assert kept[2] < kept[1]
+    assert kept[3] < kept[2]
+
+
+def test_the_memory_format_changes_no_value_and_outlasts_loading(autoencoder, image):
+    model = Autoencoder(KLRegularizer(), **SMALL, memory_format="channels_last")
+    strict_load(model, autoencoder.state_dict())
+    assert all(torch.equal(value, autoencoder.state_dict()[name]) for name, value in model.named_parameters())
+    kernels = [weight for weight in model.parameters() if weight.dim() == 4 and weight.shape[-1] > 1]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+    layouts = []
+    model.decoder.conv_out.register_forward_hook(lambda *call: layouts.append(call[2]))
+    torch.testing.assert_close(model(image)[0], autoencoder(image)[0])
+    assert layouts[0].is_contiguous(memory_format=torch.channels_last)
+
+
+class TestTiles:
+    """The networks are the real ones; only with tiles smaller than the image does a tile's edge matter."""
+
+    @pytest.fixture
+    def build(self):
+        def build(near_sighted=False, **tiles):
+            torch.manual_seed(0)
+            shape = SMALL | {"channel_multipliers": (1, 2), "middle_attention": not near_sighted}
+            model = Autoencoder(KLRegularizer(), **shape, **tiles).requires_grad_(False)
+            for module in list(model.modules()) if near_sighted else []:
+                for name, child in module.named_children():
+                    if isinstance(child, nn.GroupNorm):
+                        setattr(module, name, nn.Identity())
+            model.calibrate(torch.tensor([0.3, -0.2, 0.1]), torch.tensor([0.5, 1.0, 2.0]))
+            return model
+
+        return build
+
+    @pytest.fixture
+    def large(self):
+        return torch.rand(1, 3, 128, 192, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def test_an_image_that_fits_into_a_tile_is_not_touched(self, build, image):
+        whole, tiles = build(), build(tile_size=16, tile_overlap=4)
+        latents = whole.encode(image)
+        assert torch.equal(tiles.encode(image), latents)
+        assert torch.equal(tiles.decode(latents), whole.decode(latents))
+
+    @pytest.mark.parametrize("noise", [None, torch.ones(1, 3, 64, 96)], ids=["mode", "draw"])
+    def test_a_near_sighted_network_gives_the_same_in_tiles(self, build, large, noise):
+        """The encoder sees 18 pixels far, the decoder 24: overlaps of four times as many are enough."""
+        whole, tiles = build(near_sighted=True), build(near_sighted=True, tile_size=112, tile_overlap=96)
+        latents = whole.encode(large, noise)
+        torch.testing.assert_close(tiles.encode(large, noise), latents, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tiles.decode(latents), whole.decode(latents), rtol=1e-4, atol=1e-5)
+        narrow = build(near_sighted=True, tile_size=64, tile_overlap=0)
+        assert (narrow.decode(latents) - whole.decode(latents)).abs().max() > 1e-3
+
+    def test_trained_weights_see_the_whole_image(self, build, large):
+        whole, tiles = build(), build(tile_size=64, tile_overlap=16)
+        latents, in_tiles = whole.encode(large), tiles.encode(large)
+        assert not torch.equal(in_tiles, latents)
+        tiles.requires_grad_(True)
+        assert torch.equal(tiles.encode(large).detach(), latents)
+        with torch.no_grad():
+            assert torch.equal(tiles.encode(large), in_tiles)
 
 
 def test_every_parameter_receives_a_gradient(autoencoder, image):
@@ -87,7 +228,7 @@ class TestKLRegularizer:
         posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
         prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
         expected = torch.distributions.kl_divergence(posterior, prior).flatten(1).sum(1)
-        torch.testing.assert_close(KLRegularizer()(moments, None).loss, expected)
+        torch.testing.assert_close(KLRegularizer(weight=1.0)(moments, None).loss, expected)
 
     def test_draws_have_the_posterior_s_moments(self):
         moments = torch.tensor([0.5, -1.0]).view(1, 2, 1, 1).expand(50_000, 2, 1, 1)
@@ -98,29 +239,3 @@ class TestKLRegularizer:
     def test_log_variance_is_clamped(self):
         moments = torch.tensor([0.0, 1000.0]).view(1, 2, 1, 1)
         assert float(KLRegularizer().variance(moments)) == pytest.approx(torch.tensor(20.0).exp().item())
-
-
-class TestAutoencoderLoss:
-    x = torch.zeros(2, 3, 4, 4)
-    reconstruction = torch.full((2, 3, 4, 4), 0.5)
-    regularized = Regularized(torch.zeros(2, 4, 2, 2), torch.tensor([3.0, 5.0]), {})
-
-    @pytest.mark.parametrize(("norm", "pixel"), [(1, 24.0), (2, 12.0)])
-    def test_sum_over_pixels_as_published(self, norm, pixel):
-        terms = AutoencoderLoss(norm, kl_weight=0.1)(self.x, self.reconstruction, self.regularized)
-        assert float(terms.pixel) == pixel
-        assert float(terms.total) == pytest.approx(pixel + 0.1 * 4.0)
-
-    def test_reductions_agree_up_to_scale_at_the_equivalent_weight(self):
-        summed = AutoencoderLoss(1, 0.1, "sum")
-        mean = AutoencoderLoss(1, summed.equivalent_kl_weight(48, 16), "mean")
-        totals = [loss(self.x, self.reconstruction, self.regularized).total for loss in (summed, mean)]
-        assert float(totals[0]) == pytest.approx(48 * float(totals[1]))
-        assert mean.equivalent_kl_weight(48, 16) == pytest.approx(0.1)
-
-    @pytest.mark.parametrize(
-        ("change", "key"), [({"pixel_norm": 3}, "pixel_norm"), ({"reduction": "none"}, "reduction")]
-    )
-    def test_unknown_choices_are_refused(self, change, key):
-        with pytest.raises(ValueError, match=f"change `stage.loss.{key}`"):
-            AutoencoderLoss(**change)
