@@ -1,0 +1,234 @@
+"""`tools/convert.py`: whatever the route, the same autoencoder arrives, or a refusal that says why."""
+
+import json
+import os
+import pickle
+
+import convert
+import diffusers
+import hydra
+import pytest
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from safetensors.torch import load_file, save_file
+
+from ldm_train.checkpoint import load_pretrained
+from ldm_train.interchange import build, export_compvis
+from tests.conftest import composed
+from tests.interchange.networks import KINDS, SMALL, images, learned, random_autoencoder, same
+
+# The small network as an option of conf/autoencoder with overrides, as a user of a published file has to say it.
+SMALL_OPTION = ["--autoencoder", "kl_f8"] + [
+    f"--override=autoencoder.{key}={value}".replace(" ", "")
+    for key, value in SMALL.items()
+    if type(value) in (int, list)
+]
+
+
+def run(*arguments: object) -> None:
+    assert convert.main([str(argument) for argument in arguments]) == 0
+
+
+def refused(capsys, *arguments: object) -> str:
+    assert convert.main([str(argument) for argument in arguments]) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def calibrated(node):
+    autoencoder = random_autoencoder(node)
+    channels = torch.arange(autoencoder.latent_channels)
+    autoencoder.calibrate(0.1 * channels - 0.2, 0.7 + 0.3 * channels)
+    return autoencoder
+
+
+def stage_1(path, node=SMALL, **more):
+    """A checkpoint as stage 1 writes it; returns its autoencoder."""
+    autoencoder = calibrated(node)
+    state = {f"autoencoder.{name}": value for name, value in autoencoder.state_dict().items()}
+    state["loss.adversarial.weight"] = torch.zeros(1)
+    torch.save({"state_dict": state, "config": {"autoencoder": node}, "global_step": 3, **more}, path)
+    return autoencoder
+
+
+def loaded(path, node=SMALL):
+    """The autoencoder that stage 2 would take from a checkpoint."""
+    return load_pretrained(build(node), str(path), "autoencoder.", "stage.autoencoder.checkpoint")
+
+
+@pytest.mark.parametrize("target", ["vae", "kl.safetensors", "kl.ckpt --to compvis"])
+@pytest.mark.parametrize("node", KINDS.values(), ids=KINDS)
+def test_there_and_back_is_the_identity(node, target, tmp_path):
+    name, *options = target.split()
+    autoencoder = stage_1(tmp_path / "last.ckpt", node)
+    run(tmp_path / "last.ckpt", tmp_path / name, *options)
+    run(tmp_path / name, tmp_path / "back.ckpt")
+    assert same(learned(loaded(tmp_path / "back.ckpt", node)), learned(autoencoder))
+
+
+@pytest.mark.parametrize("kind", ["attention in levels", "vq"])
+def test_diffusers_reads_the_folder(kind, tmp_path):
+    node = KINDS[kind]
+    autoencoder = stage_1(tmp_path / "last.ckpt", node)
+    run(tmp_path / "last.ckpt", tmp_path / "model" / "vae")
+    kinds = {"attention in levels": diffusers.AutoencoderKL, "vq": diffusers.VQModel}
+    theirs = kinds[kind].from_pretrained(tmp_path / "model" / "vae", local_files_only=True).eval()
+    with torch.no_grad():
+        z = autoencoder.regularizer.mode(autoencoder.moments(images(node)))
+        ours = autoencoder.decode(autoencoder.normalise(z))
+        torch.testing.assert_close(theirs.decode(z).sample, ours, rtol=1e-5, atol=1e-5)
+    run(tmp_path / "model", tmp_path / "back.ckpt")  # the folder around vae/ will do
+
+
+def test_stage_2_takes_what_was_converted(tmp_path):
+    cfg = composed("experiment=demo", "autoencoder=tiny", f"stage.autoencoder.checkpoint={tmp_path / 'converted.ckpt'}")
+    node = convert.compose_node("tiny", ())
+    autoencoder = calibrated(node)
+    tensors, _ = export_compvis(node, autoencoder.state_dict())
+    save_file(tensors, tmp_path / "published.safetensors")
+    options = ("--autoencoder", "tiny", "--scale-factor", 0.5)
+    run(tmp_path / "published.safetensors", tmp_path / "converted.ckpt", *options)
+    first_stage = hydra.utils.instantiate(cfg.stage.autoencoder, _convert_="all")
+    x = images(node)
+    with torch.no_grad():
+        z = autoencoder.regularizer.mode(autoencoder.moments(x))
+        torch.testing.assert_close(first_stage.encode(x), 0.5 * z, rtol=1e-4, atol=1e-5)
+
+
+class TestPublishedFiles:
+    @pytest.fixture
+    def tensors(self):
+        return export_compvis(SMALL, random_autoencoder(SMALL).state_dict())[0]
+
+    def test_one_that_mentions_lightning_s_classes_is_read(self, tensors, tmp_path):
+        content = {"state_dict": tensors, "callbacks": {ModelCheckpoint: {"best_model_path": "x"}}, "epoch": 1}
+        torch.save(content, tmp_path / "model.ckpt")
+        assert b"pytorch_lightning.callbacks.model_checkpoint" in (tmp_path / "model.ckpt").read_bytes()
+        run(tmp_path / "model.ckpt", tmp_path / "ours.ckpt", *SMALL_OPTION)
+
+    def test_the_scale_factor_calibrates(self, tensors, tmp_path, capsys):
+        save_file(tensors, tmp_path / "model.safetensors")
+        run(tmp_path / "model.safetensors", tmp_path / "without.ckpt", *SMALL_OPTION)
+        assert "give --scale-factor (0.18215 for Stable Diffusion" in " ".join(capsys.readouterr().err.split())
+        assert not loaded(tmp_path / "without.ckpt").is_calibrated
+        run(tmp_path / "model.safetensors", tmp_path / "with.ckpt", *SMALL_OPTION, "--scale-factor", 0.18215)
+        assert "warning" not in capsys.readouterr().err
+        state = loaded(tmp_path / "with.ckpt").state_dict()
+        assert not state["latent_mean"].any()
+        torch.testing.assert_close(state["latent_std"], torch.full((1, 4, 1, 1), 1 / 0.18215))
+
+    def test_what_is_left_out_is_said(self, tensors, tmp_path, capsys):
+        torch.save({"state_dict": tensors | {"loss.logvar": torch.zeros(1)}}, tmp_path / "model.ckpt")
+        run(tmp_path / "model.ckpt", tmp_path / "ours.ckpt", *SMALL_OPTION)
+        assert "left out, being no part of an autoencoder: loss (1 tensors)" in capsys.readouterr().err
+
+    def test_half_precision_is_read(self, tensors, tmp_path):
+        save_file({name: value.half() for name, value in tensors.items()}, tmp_path / "model.safetensors")
+        run(tmp_path / "model.safetensors", tmp_path / "ours.ckpt", *SMALL_OPTION)
+        state = loaded(tmp_path / "ours.ckpt").state_dict()
+        assert torch.equal(state["to_moments.weight"], tensors["quant_conv.weight"].half().float())
+
+    def test_another_architecture_is_refused_with_the_difference(self, tensors, tmp_path, capsys):
+        save_file(tensors, tmp_path / "model.safetensors")
+        options = [*SMALL_OPTION, "--override", "autoencoder.middle_attention=false"]
+        message = refused(capsys, tmp_path / "model.safetensors", tmp_path / "ours.ckpt", *options)
+        assert "unexpected: 20" in message
+        assert "decoder.mid.attn_1.k.weight" in message
+        assert "allowed are exactly the model's own names" in message
+        assert not (tmp_path / "ours.ckpt").exists()
+
+
+def test_averaged_weights_are_taken_unless_raw_ones_are_wanted(tmp_path):
+    average = {"autoencoder.to_moments.bias": torch.full((8,), 7.0), "loss.adversarial.weight": torch.ones(1)}
+    raw = stage_1(tmp_path / "last.ckpt", ema={"num_updates": torch.tensor(5), "average": average})
+    run(tmp_path / "last.ckpt", tmp_path / "averaged.safetensors")
+    run(tmp_path / "last.ckpt", tmp_path / "raw.safetensors", "--raw")
+    assert torch.equal(load_file(tmp_path / "averaged.safetensors")["quant_conv.bias"], torch.full((8,), 7.0))
+    assert torch.equal(load_file(tmp_path / "raw.safetensors")["quant_conv.bias"], raw.to_moments.bias)
+
+
+def test_a_codebook_s_counters_survive_between_checkpoints_of_ours(tmp_path):
+    node = KINDS["vq"] | {"regularizer": KINDS["vq"]["regularizer"] | {"update": "ema"}}
+    autoencoder = calibrated(node)
+    autoencoder.regularizer.idle.copy_(torch.arange(32))
+    state = {f"autoencoder.{name}": value for name, value in autoencoder.state_dict().items()}
+    torch.save({"state_dict": state, "config": {"autoencoder": node}}, tmp_path / "last.ckpt")
+    run(tmp_path / "last.ckpt", tmp_path / "copy.ckpt")
+    assert same(loaded(tmp_path / "copy.ckpt", node).state_dict(), autoencoder.state_dict())
+
+
+def test_a_published_codebook_counts_as_initialised(tmp_path):
+    node = KINDS["vq"] | {"regularizer": KINDS["vq"]["regularizer"] | {"initialisation": "k_means"}}
+    autoencoder = stage_1(tmp_path / "last.ckpt", node)
+    run(tmp_path / "last.ckpt", tmp_path / "vq.safetensors")
+    run(tmp_path / "vq.safetensors", tmp_path / "back.ckpt")
+    regularizer = loaded(tmp_path / "back.ckpt", node).regularizer
+    assert bool(regularizer.initialised)
+    assert torch.equal(regularizer.ema_sum, autoencoder.regularizer.codebook)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("name", ["last.ckpt", "kl.safetensors"])
+    def test_truncated_files(self, name, tmp_path, capsys):
+        stage_1(tmp_path / "last.ckpt")
+        run(tmp_path / "last.ckpt", tmp_path / "kl.safetensors")
+        whole = (tmp_path / name).read_bytes()
+        for cut in (0, 10, len(whole) // 2, len(whole) - 1):
+            (tmp_path / name).write_bytes(whole[:cut])
+            message = refused(capsys, tmp_path / name, tmp_path / "out.ckpt")
+            assert "cannot be read" in message
+            assert "allowed" in message
+            assert "SOURCE" in message
+        assert not (tmp_path / "out.ckpt").exists()
+
+    def test_pickles_with_code(self, tmp_path, capsys):
+        class Dangerous:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "ran"),)
+
+        torch.save({"state_dict": {}, "callbacks": Dangerous()}, tmp_path / "a.ckpt")
+        (tmp_path / "b.ckpt").write_bytes(pickle.dumps({"state_dict": Dangerous()}))
+        for name in ("a.ckpt", "b.ckpt"):
+            assert "cannot be read as a checkpoint" in refused(capsys, tmp_path / name, tmp_path / "out.ckpt")
+        assert not (tmp_path / "ran").exists()
+
+    def test_nodes_with_code(self, tmp_path, capsys):
+        node = SMALL | {"regularizer": {"_target_": "os.mkdir", "path": str(tmp_path / "ran")}}
+        stage_1(tmp_path / "last.ckpt")
+        content = torch.load(tmp_path / "last.ckpt") | {"config": {"autoencoder": node}}
+        torch.save(content, tmp_path / "bad.ckpt")
+        assert "`autoencoder.regularizer._target_` is 'os.mkdir'" in refused(capsys, tmp_path / "bad.ckpt", "out.ckpt")
+        assert not (tmp_path / "ran").exists()
+
+    def test_what_does_not_say_its_architecture(self, tmp_path, capsys):
+        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+        arguments = (tmp_path / "model.safetensors", tmp_path / "out.ckpt")
+        assert "does not say which architecture it has; allowed: kl_f16, kl_f32" in refused(capsys, *arguments)
+        assert "allowed options: kl_f16" in refused(capsys, *arguments, "--autoencoder", "kl_f7")
+        wrong = ("--autoencoder", "kl_f8", "--override", "autoencoder.colour=1")
+        assert "cannot be composed" in refused(capsys, *arguments, *wrong)
+
+    def test_damaged_and_incomplete_folders(self, tmp_path, capsys):
+        stage_1(tmp_path / "last.ckpt")
+        run(tmp_path / "last.ckpt", tmp_path / "vae")
+        config = (tmp_path / "vae/config.json").read_text()
+        (tmp_path / "vae/config.json").write_text(config[:50])
+        assert "config.json cannot be read" in refused(capsys, tmp_path / "vae", tmp_path / "out.ckpt")
+        (tmp_path / "vae/config.json").write_text(json.dumps(json.loads(config) | {"block_out_channels": [32, 64, 64]}))
+        assert "other shape" in refused(capsys, tmp_path / "vae", tmp_path / "out.ckpt")
+        (tmp_path / "vae/diffusion_pytorch_model.safetensors").unlink()
+        assert "safetensors cannot be read" in refused(capsys, tmp_path / "vae", tmp_path / "out.ckpt")
+
+    def test_files_that_are_there_and_files_that_are_not(self, tmp_path, capsys):
+        stage_1(tmp_path / "last.ckpt")
+        assert "is there already" in refused(capsys, tmp_path / "last.ckpt", tmp_path / "last.ckpt")
+        assert "nothing at" in refused(capsys, tmp_path / "none.ckpt", tmp_path / "out.ckpt")
+
+    def test_a_checkpoint_without_an_autoencoder(self, tmp_path, capsys):
+        torch.save({"state_dict": {"denoiser.x": torch.zeros(1)}}, tmp_path / "last.ckpt")
+        message = refused(capsys, tmp_path / "last.ckpt", tmp_path / "out.ckpt", "--from", "ldm_train")
+        assert "holds no tensor under 'autoencoder.'; allowed is a checkpoint of stage 1" in message
+
+    def test_a_scale_factor_that_is_none(self, tmp_path, capsys):
+        stage_1(tmp_path / "last.ckpt")
+        message = refused(capsys, tmp_path / "last.ckpt", tmp_path / "out.ckpt", "--scale-factor", 0)
+        assert "the scale factor is 0.0; allowed are positive numbers" in message

@@ -1,0 +1,327 @@
+"""Convert a trained autoencoder between our checkpoints, the published layout and diffusers, in either direction.
+
+    python tools/convert.py kl-f8.ckpt kl_f8.ckpt --autoencoder kl_f8 --scale-factor 0.18215   published -> ours
+    python tools/convert.py sd/vae kl_f8.ckpt                                                  diffusers -> ours
+    python tools/convert.py runs/autoencoder_kl_f8/default/checkpoints/last.ckpt vae/          ours -> diffusers
+    python tools/convert.py runs/autoencoder_kl_f8/default/checkpoints/last.ckpt kl.safetensors   ours -> published
+
+A checkpoint of ours feeds stage 2 as `stage.autoencoder.checkpoint`. Averaged weights are taken where there are any.
+Every tensor's name and shape is compared before anything is written; files are read without running code from them.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm_train.checkpoint import atomic_write, read_checkpoint, strict_load
+from ldm_train.config import conf_dir, register
+from ldm_train.interchange import (
+    Imported,
+    build,
+    compvis,
+    diffusers,
+    export_compvis,
+    export_diffusers,
+    import_compvis,
+    import_diffusers,
+    latents,
+)
+from ldm_train.nn import Autoencoder, VectorQuantizer
+
+OURS, COMPVIS, DIFFUSERS = "ldm_train", "compvis", "diffusers"
+FORMATS = (OURS, COMPVIS, DIFFUSERS)
+PREFIX = "autoencoder."
+"""What our checkpoints put before the names of an autoencoder's tensors."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or folder with an autoencoder, and what its reader has to be told.
+
+    Attributes:
+        path: the file or folder.
+        format: one of `FORMATS`, or `None` to recognise it.
+        autoencoder: option of conf/autoencoder that describes it; `None` where it describes itself.
+        overrides: changes to that option.
+        scale_factor: of the published kind, for latents; `None` leaves what the file says.
+        raw: the weights as trained, and not their averages.
+    """
+
+    path: Path
+    format: str | None = None
+    autoencoder: str | None = None
+    overrides: tuple[str, ...] = ()
+    scale_factor: float | None = None
+    raw: bool = False
+
+
+class Loaded(NamedTuple):
+    """An autoencoder, ready for use.
+
+    Attributes:
+        autoencoder: in evaluation mode.
+        node: the config node that builds it.
+        ignored: what its file held besides, first part of the name -> number of tensors.
+    """
+
+    autoencoder: Autoencoder
+    node: dict[str, Any]
+    ignored: dict[str, int]
+
+
+def read(source: Source) -> Loaded:
+    """Read an autoencoder of any format, compared strictly with the architecture it is said to have.
+
+    Raises:
+        FileNotFoundError: if a file is not there.
+        ValueError: if a file is damaged, or holds another architecture.
+    """
+    imported = _read(source)
+    autoencoder = assembled(imported)
+    if source.scale_factor is not None:
+        scaled = latents.scaled(source.scale_factor, autoencoder.latent_channels)
+        autoencoder.calibrate(scaled["latent_mean"], scaled["latent_std"])
+    return Loaded(autoencoder, imported.node, imported.ignored)
+
+
+def assembled(imported: Imported) -> Autoencoder:
+    """The autoencoder itself, in evaluation mode.
+
+    Raises:
+        ValueError: with the whole difference, if names or shapes differ.
+    """
+    autoencoder = build(imported.node).eval()
+    regularizer = autoencoder.regularizer
+    # Counters and averages of a codebook in training are in our checkpoints alone: all of them, or none.
+    counters = tuple(f"regularizer.{name}" for name, _ in regularizer.named_buffers())
+    is_foreign = imported.state.keys().isdisjoint(counters)
+    strict_load(autoencoder, imported.state, allowed_missing=counters if is_foreign else ())
+    if is_foreign and isinstance(regularizer, VectorQuantizer):
+        regularizer.set_codebook(regularizer.codebook)
+    return autoencoder
+
+
+def _read(source: Source) -> Imported:
+    path = source.path / "vae" if (source.path / "vae" / diffusers.CONFIG).is_file() else source.path
+    if not path.exists():
+        raise FileNotFoundError(
+            f"nothing at {path}; allowed are a .ckpt, a .safetensors and a vae/ folder of diffusers; change SOURCE"
+        )
+    if source.format == DIFFUSERS or (source.format is None and path.is_dir()):
+        return import_diffusers(_read_json(path / diffusers.CONFIG), _read_tensors(path / diffusers.TENSORS)[0])
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_tensors(path)
+        checkpoint: dict[str, Any] = {"state_dict": tensors, **compvis.from_metadata(metadata)}
+    else:
+        with torch.serialization.safe_globals(compvis.SAFE_GLOBALS):
+            checkpoint = read_checkpoint(path, "SOURCE")
+    if source.format == OURS or (source.format is None and _is_ours(checkpoint)):
+        return _from_ours(checkpoint, source)
+    found = compvis.contents(checkpoint)
+    return import_compvis(found, _node(source, found.record))
+
+
+def _is_ours(checkpoint: Mapping[str, Any]) -> bool:
+    return any(str(name).startswith(PREFIX) for name in checkpoint["state_dict"])
+
+
+def _from_ours(checkpoint: Mapping[str, Any], source: Source) -> Imported:
+    """The autoencoder of a stage 1 checkpoint, or of one that was converted."""
+    if not _is_ours(checkpoint):
+        raise ValueError(
+            f"{source.path} holds no tensor under {PREFIX!r}; allowed is a checkpoint of stage 1 (stages 2 and 3 leave "
+            "the frozen autoencoder out); change SOURCE or --from"
+        )
+    average = {} if source.raw else checkpoint.get("ema", {}).get("average", {})
+    state = {**checkpoint["state_dict"], **average}
+    part = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    ignored = Counter(name.split(".")[0] for name in state if not name.startswith(PREFIX))
+    return Imported(_node(source, checkpoint.get("config", {})), part, dict(ignored))
+
+
+def _node(source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config node that the user names, or else that the file holds."""
+    if source.autoencoder is not None:
+        return compose_node(source.autoencoder, source.overrides)
+    if "autoencoder" not in config:
+        raise ValueError(
+            f"{source.path} does not say which architecture it has; allowed: {', '.join(options())}; choose one with "
+            "--autoencoder"
+        )
+    return config["autoencoder"]
+
+
+def compose_node(option: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The config node of an option of conf/autoencoder, changed by overrides.
+
+    Raises:
+        ValueError: if Hydra cannot compose it.
+    """
+    register()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = compose("config", [f"autoencoder={option}", *overrides])
+    except HydraException as error:
+        raise ValueError(
+            f"the autoencoder cannot be composed ({str(error).splitlines()[0]}); allowed options: "
+            f"{', '.join(options())}, overrides: autoencoder.<key>=<value>; change --autoencoder or --override"
+        ) from error
+    node = OmegaConf.to_container(cfg.autoencoder, resolve=True)
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}
+
+
+def options() -> list[str]:
+    """The options of conf/autoencoder."""
+    return sorted(path.stem for path in (conf_dir() / "autoencoder").glob("*.yaml"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); allowed is the vae/ folder of a diffusers model; change SOURCE"
+        ) from error
+    return content
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """Tensors and metadata of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); allowed is a complete safetensors file; change SOURCE, or fetch it again"
+        ) from error
+
+
+def write(target: Path, target_format: str, node: Mapping[str, Any], autoencoder: Autoencoder) -> None:
+    """Write an autoencoder in a format.
+
+    Raises:
+        ValueError: if the format cannot hold it.
+    """
+    state = autoencoder.state_dict()
+    if target_format == DIFFUSERS:
+        config, tensors = export_diffusers(node, state)
+        with atomic_write(target / diffusers.TENSORS) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        with atomic_write(target / diffusers.CONFIG) as temporary:
+            temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return
+    with atomic_write(target) as temporary:
+        if target_format == OURS:
+            own = {f"{PREFIX}{name}": value.contiguous() for name, value in state.items()}
+            torch.save({"state_dict": own, "config": {"autoencoder": dict(node)}, "global_step": 0}, temporary)
+        else:
+            tensors, record = export_compvis(node, state)
+            if target.suffix == ".safetensors":
+                save_file(tensors, temporary, metadata=compvis.as_metadata(record))
+            else:
+                torch.save({"state_dict": tensors, "global_step": 0, compvis.RECORD: record}, temporary)
+
+
+def convert(arguments: argparse.Namespace, console: Console) -> None:
+    """Run the tool.
+
+    Raises:
+        FileNotFoundError: if a file is not there.
+        ValueError: if something cannot be read, or not be written as asked.
+    """
+    if arguments.target.exists():
+        raise ValueError(f"{arguments.target} is there already; allowed is a new name; change TARGET or remove it")
+    autoencoder, node, ignored = read(source_of(arguments, arguments.source))
+    target_format = arguments.target_format or format_of(arguments.target)
+    write(arguments.target, target_format, node, autoencoder)
+    parameters = sum(parameter.numel() for parameter in autoencoder.parameters())
+    console.print(f"{arguments.target}: {parameters:,} parameters as {target_format}", highlight=False, soft_wrap=True)
+    if ignored:
+        shown = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(ignored.items()))
+        console.print(f"left out, being no part of an autoencoder: {shown}", highlight=False, soft_wrap=True)
+    if not autoencoder.is_calibrated:
+        warn(
+            console,
+            f"its latents have no mean and standard deviation, so stage 2 will refuse it; give --scale-factor "
+            f"({latents.SCALE_FACTOR} for Stable Diffusion 1 and 2, 1 for the published VQ models), or "
+            "measure them: tools/calibrate_latents.py",
+        )
+
+
+def format_of(target: Path) -> str:
+    """The format that a target's name suggests."""
+    return {".ckpt": OURS, ".safetensors": COMPVIS}.get(target.suffix, DIFFUSERS)
+
+
+def source_of(arguments: argparse.Namespace, path: Path) -> Source:
+    """What the command line says of a source."""
+    return Source(
+        path,
+        arguments.source_format,
+        arguments.autoencoder,
+        tuple(arguments.override),
+        arguments.scale_factor,
+        arguments.raw,
+    )
+
+
+def warn(console: Console, text: str) -> None:
+    """Say what is wrong but no reason to stop."""
+    console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `Source`."""
+    add = parser.add_argument
+    add("--from", dest="source_format", choices=FORMATS, help="format of the source (default: recognised)")
+    add(
+        "--autoencoder",
+        metavar="OPTION",
+        help="of conf/autoencoder: the architecture, where the source does not say",
+    )
+    override = "a change to it; may be repeated"
+    add("--override", metavar="autoencoder.KEY=VALUE", action="append", default=[], help=override)
+    scale_factor = f"scale of latents, as published models give it ({latents.SCALE_FACTOR}: Stable Diffusion 1 and 2)"
+    add("--scale-factor", type=float, help=scale_factor)
+    add("--raw", action="store_true", help="the weights as trained, where there are averaged ones as well")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a .ckpt, a .safetensors, or a folder of diffusers")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="a file or folder that is not there yet")
+    add_source_options(parser)
+    help_text = "format of TARGET (default: .ckpt ldm_train, .safetensors compvis, else diffusers)"
+    parser.add_argument("--to", dest="target_format", choices=FORMATS, help=help_text)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 2 if something cannot be used."""
+    console = Console(stderr=True)
+    try:
+        convert(parse(argv), console)
+    except (ValueError, FileNotFoundError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

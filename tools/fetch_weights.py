@@ -1,0 +1,183 @@
+"""Fetch published weights that metrics and losses need and that nothing else here ever downloads.
+
+    python tools/fetch_weights.py --list
+    python tools/fetch_weights.py vgg16                            # into torch's cache, where LPIPS looks
+    python tools/fetch_weights.py vgg16 inception --directory weights
+
+A file is checked against the SHA-256 prefix in its name and appears under that name only when it is whole. Machines
+without a network: run this where there is one, and copy the files into the same folder.
+"""
+
+import argparse
+import hashlib
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import BinaryIO
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from ldm_train.checkpoint import atomic_write
+from ldm_train.metrics.features import INCEPTION_FILE
+from ldm_train.nn.perceptual import VGG16_FILE, cached_backbone
+
+CHUNK = 1 << 20  # bytes
+TIMEOUT = 30.0  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One published file.
+
+    Attributes:
+        file: its name, which ends in the first eight hexadecimal digits of its SHA-256.
+        folder: the address it is published in.
+        megabytes: its size.
+        reader: what reads it, and the config key that names its path.
+    """
+
+    file: str
+    folder: str
+    megabytes: float
+    reader: str
+
+
+WEIGHTS = {
+    "vgg16": Weights(
+        VGG16_FILE, "https://download.pytorch.org/models", 553.4, "LPIPS: perceptual.backbone (null: torch's cache)"
+    ),
+    "inception": Weights(
+        INCEPTION_FILE,
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0",
+        95.6,
+        "FID: callbacks.samples.extractor.inception_weights",
+    ),
+}
+
+
+def fetch(weights: Weights, directory: Path, mirror: str | None, console: Console) -> Path:
+    """Put one file into a folder, unless it is there and whole.
+
+    Args:
+        weights: what to fetch.
+        directory: where to; made if need be.
+        mirror: address of a folder with the same files, instead of the published one.
+        console: shows the progress.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ValueError: if it cannot be fetched, or what arrives is not the published file.
+        OSError: if it cannot be written.
+    """
+    path = directory / weights.file
+    if path.is_file() and is_published(path, path.name):
+        console.print(f"{path} is there and whole", markup=False, highlight=False, soft_wrap=True)
+        return path
+    address = f"{(mirror or weights.folder).rstrip('/')}/{weights.file}"
+    with atomic_write(path) as temporary:
+        try:
+            download(address, temporary, console)
+        except (URLError, HTTPException, TimeoutError, ConnectionError, ValueError) as error:
+            raise ValueError(_unreachable(address, path, error)) from error
+        if not is_published(temporary, path.name):
+            raise ValueError(
+                f"what {address} sent ({temporary.stat().st_size:,} bytes) is not the published file, whose SHA-256 "
+                f"begins with the digits in its name; allowed is that file of {weights.megabytes} MB; run this again, "
+                "or change --mirror"
+            )
+    console.print(f"{path} is ready for {weights.reader}", markup=False, highlight=False, soft_wrap=True)
+    return path
+
+
+def download(address: str, target: Path, console: Console) -> None:
+    """Write what an address sends to a file, with a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with (
+        urlopen(address, timeout=TIMEOUT) as response,
+        target.open("wb") as file,
+        Progress(*columns, console=console) as progress,
+    ):
+        length = response.headers.get("Content-Length")
+        task = progress.add_task(address.rpartition("/")[2], total=int(length) if length else None)
+        for chunk in _chunks(response):
+            file.write(chunk)
+            progress.advance(task, len(chunk))
+
+
+def is_published(path: Path, name: str) -> bool:
+    """Whether the SHA-256 of a file begins with the digits at the end of a published name."""
+    prefix = re.search(r"-([0-9a-f]{8,})\.pth$", name)
+    if prefix is None:
+        raise ValueError(f"the name {name} says no digest; allowed are names like vgg16-397923af.pth; see WEIGHTS")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest().startswith(prefix[1])
+
+
+def _chunks(response: BinaryIO) -> Iterator[bytes]:
+    while chunk := response.read(CHUNK):
+        yield chunk
+
+
+def _unreachable(address: str, path: Path, error: Exception) -> str:
+    reason = f"the server answers {error.code}" if isinstance(error, HTTPError) else getattr(error, "reason", error)
+    return (
+        f"{address} cannot be fetched ({reason}); allowed is a machine that reaches it, or the address of a folder "
+        f"that has the file with --mirror; without either, fetch it elsewhere and copy it to {path}"
+    )
+
+
+def torch_cache() -> Path:
+    """Where torch, and LPIPS here, look for published weights."""
+    return cached_backbone().parent
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="name", help=f"what to fetch: {', '.join(WEIGHTS)}")
+    add("--directory", type=Path, default=torch_cache(), help="where to (default: torch's cache, %(default)s)")
+    add("--mirror", help="address of a folder that has the same files, http(s):// or file://")
+    add("--list", action="store_true", help="say what can be fetched and what is there already, then stop")
+    arguments = parser.parse_args(argv)
+    if unknown := [name for name in arguments.names if name not in WEIGHTS]:
+        parser.error(f"unknown: {', '.join(unknown)}; allowed are {', '.join(WEIGHTS)}; change the name")
+    if not arguments.names and not arguments.list:
+        parser.error(f"no name; allowed are {', '.join(WEIGHTS)}; give one, or --list")
+    return arguments
+
+
+def show(directory: Path) -> None:
+    """Print a line for each file that can be fetched."""
+    for name, weights in WEIGHTS.items():
+        path = directory / weights.file
+        state = "not there" if not path.is_file() else "there" if is_published(path, path.name) else "damaged"
+        print(f"{name}: {path} ({weights.megabytes} MB, {state}), {weights.reader}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 2 if a file is not there in the end."""
+    arguments = parse(argv)
+    if arguments.list:
+        show(arguments.directory)
+        return 0
+    console = Console(stderr=True)
+    try:
+        for name in arguments.names:
+            fetch(WEIGHTS[name], arguments.directory, arguments.mirror, console)
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
