@@ -115,21 +115,24 @@ def strict_load(module: nn.Module, state: Mapping[str, Tensor], allowed_missing:
     module.load_state_dict(dict(state), strict=False)
 
 
-def load_pretrained(module: nn.Module, checkpoint: str, prefix: str, key: str) -> nn.Module:
-    """Give a freshly built part the weights it has in a stage's checkpoint.
+def load_pretrained(module: nn.Module, checkpoint: str | None, prefix: str, key: str) -> nn.Module:
+    """Give a freshly built part the weights it has in a stage's checkpoint: the averaged ones where there are any.
 
     Args:
         module: the part, as the config describes it.
-        checkpoint: path of the checkpoint.
+        checkpoint: path of the checkpoint; `None` leaves the part as it was built.
         prefix: the part's name in the stage, with its dot, such as `autoencoder.`.
         key: the config key that named the checkpoint, for errors.
 
     Returns:
         The module.
     """
-    state = read_checkpoint(Path(checkpoint), key)["state_dict"]
-    part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    strict_load(module, part)
+    if checkpoint is None:
+        return module
+    content = read_checkpoint(Path(checkpoint), key)
+    average = content["ema"]["average"] if "ema" in content else {}
+    state = content["state_dict"] | average
+    strict_load(module, {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
     return module
 
 

@@ -51,6 +51,8 @@ class Config:
     paths: dict[str, str] = field(default_factory=dict)
     data: Any = None
     autoencoder: Any = None
+    perceptual: Any = None
+    adversarial: Any = None
     unet: Any = None
     conditioner: Any = None
     schedule: Any = None

@@ -76,9 +76,14 @@ def refusal(built, tmp_path):
     return refuse
 
 
+# The checkpoint to begin from is that of the demo.
+BEGUN = {"autoencoder_decoder": ["autoencoder=tiny"]}
+
+
 @pytest.mark.parametrize("experiment", names("experiment"))
-def test_every_experiment_is_accepted_and_builds(experiment, tiny_runs):
-    cfg = composed(f"experiment={experiment}", "trainer.accelerator=cpu", "logger=csv", root=tiny_runs)
+def test_every_experiment_is_accepted_and_builds(experiment, tiny_runs, torch_cache):
+    overrides = [f"experiment={experiment}", *BEGUN.get(experiment, ()), "trainer.accelerator=cpu", "logger=csv"]
+    cfg = filled(composed(*overrides, root=tiny_runs), tiny_runs)
     run = check_and_build(cfg)
     assert run.trainer.max_steps == cfg.trainer.max_steps
     assert any(parameter.requires_grad for parameter in run.stage.parameters())
@@ -86,8 +91,8 @@ def test_every_experiment_is_accepted_and_builds(experiment, tiny_runs):
 
 @pytest.mark.parametrize("experiment", names("experiment"))
 @pytest.mark.parametrize("debug", names("debug"))
-def test_every_experiment_can_be_debugged(debug, experiment, tmp_path):
-    check(composed(f"experiment={experiment}", f"debug={debug}", root=tmp_path))
+def test_every_experiment_can_be_debugged(debug, experiment, tiny_runs, tmp_path):
+    check(filled(composed(f"experiment={experiment}", f"debug={debug}", root=tmp_path), tiny_runs))
 
 
 @pytest.mark.parametrize("sweep", names("sweep"))
@@ -99,7 +104,9 @@ def test_every_sweep_is_over_keys_that_exist(sweep, tmp_path):
 
 
 @pytest.mark.parametrize(("group", "option"), options(*GROUPS))
-def test_every_option_of_every_group_is_accepted_and_builds(group, option, tiny_runs, tmp_path, monkeypatch):
+def test_every_option_of_every_group_is_accepted_and_builds(
+    group, option, tiny_runs, tmp_path, torch_cache, monkeypatch
+):
     if (group, option) == ("trainer", "slurm"):
         for name, value in ONE_SLURM_TASK.items():
             monkeypatch.setenv(name, value)

@@ -9,8 +9,10 @@ from ldm_train.callbacks.checkpoints import AdapterExport, CheckpointWriter, Run
 from ldm_train.callbacks.ema import EMACallback, evaluation_weights
 from ldm_train.callbacks.generation import SampleEvaluation
 from ldm_train.callbacks.guards import NonFiniteGuard, NonFiniteLossError
+from ldm_train.callbacks.health import AutoencoderHealth
 from ldm_train.callbacks.image_grid import AdapterGrid, ReconstructionGrid
 from ldm_train.callbacks.progress import progress_bar
+from ldm_train.callbacks.reconstruction import ReconstructionFrechet
 from ldm_train.callbacks.summary import RunSummary
 from ldm_train.callbacks.throughput import ThroughputMonitor
 from ldm_train.callbacks.tracking import MetricsCSV, finish_wandb, wandb_logger
@@ -18,12 +20,14 @@ from ldm_train.callbacks.tracking import MetricsCSV, finish_wandb, wandb_logger
 __all__ = [
     "AdapterExport",
     "AdapterGrid",
+    "AutoencoderHealth",
     "CheckpointWriter",
     "EMACallback",
     "LatentCalibration",
     "MetricsCSV",
     "NonFiniteGuard",
     "NonFiniteLossError",
+    "ReconstructionFrechet",
     "ReconstructionGrid",
     "RunRecord",
     "RunSummary",

@@ -1,18 +1,15 @@
 """Calibration: measure mean and standard deviation of the latents, so that stage 2 can normalise them.
 
-Over N images, with the posterior's mean m and variance v of each latent value (law of total variance),
-
-    latent_mean = E[m],    latent_std^2 = E[v] + E[m^2] - E[m]^2            per channel,
-
-which is what draws from the posterior have, without drawing. Sums are float64 and taken over all ranks.
+Over N images, from the posterior's moments (see `ldm_train.metrics.latents`), so the result is what draws from the
+posterior have, without drawing; summed over all ranks, and of the averaged weights if there are any.
 """
 
 import lightning as L
-import torch
-from torch import Tensor
 
+from ldm_train.callbacks.ema import evaluation_weights
 from ldm_train.data import ImageTextDataModule
-from ldm_train.distributed import all_reduce_sum, global_rank, world_size
+from ldm_train.distributed import global_rank, world_size
+from ldm_train.metrics import LatentStatistics
 from ldm_train.stages import AutoencoderStage
 
 
@@ -31,29 +28,21 @@ class LatentCalibration(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Statistics of weights that are about to change are no statistics: a longer run measures again at its end."""
         assert isinstance(pl_module, AutoencoderStage)
-        pl_module.autoencoder.forget_calibration()
+        if pl_module.trains == "all":
+            pl_module.autoencoder.forget_calibration()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure and set the statistics."""
+        """Measure and set the statistics, unless they are known and the encoder has not changed."""
         assert isinstance(pl_module, AutoencoderStage)
+        if pl_module.autoencoder.is_calibrated:
+            return
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ImageTextDataModule)
-        channels = pl_module.autoencoder.latent_channels
-        sums = torch.zeros(3, channels, dtype=torch.float64, device=pl_module.device)
-        count = torch.zeros((), dtype=torch.float64, device=pl_module.device)
-        for i, batch in enumerate(data.reference_batches(self.num_images, self.batch_size)):
-            if i % world_size() == global_rank():
-                moments = latent_sums(pl_module, batch["image"].to(pl_module.device))
-                sums += moments[0]
-                count += moments[1]
-        total, number = all_reduce_sum(sums), all_reduce_sum(count)
-        mean, second, variance = total / number
-        std = (variance + second - mean**2).clamp(min=0).sqrt()
-        pl_module.autoencoder.calibrate(mean.float(), std.float())
-
-
-def latent_sums(stage: AutoencoderStage, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over a batch and its positions, per channel: (3, C) of m, m^2 and v, and the number of values in each."""
-    mean, variance = (moment.double() for moment in stage.latent_moments(image))
-    sums = torch.stack([value.sum(dim=(0, 2, 3)) for value in (mean, mean**2, variance)])
-    return sums, torch.tensor(mean[:, 0].numel(), dtype=torch.float64, device=sums.device)
+        statistics = LatentStatistics(pl_module.autoencoder.latent_channels, with_divergence=False)
+        statistics.to(pl_module.device)
+        with evaluation_weights(trainer, pl_module):
+            for i, batch in enumerate(data.reference_batches(self.num_images, self.batch_size)):
+                if i % world_size() == global_rank():
+                    statistics.update(*pl_module.latent_moments(batch["image"].to(pl_module.device)))
+        mean, std, _ = statistics.compute()
+        pl_module.autoencoder.calibrate(mean.float().reshape(-1), std.float().reshape(-1))

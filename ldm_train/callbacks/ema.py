@@ -25,7 +25,7 @@ class EMACallback(L.Callback):
 
     Args:
         decay: the average's decay per optimizer step; null with `half_life_images`.
-        half_life_images: the images after which old weights count half; null with `decay`.
+        half_life_images: the images after which old weights count half; null with `decay`. Both null: no average.
     """
 
     def __init__(self, decay: float | None = 0.9999, half_life_images: float | None = None) -> None:
@@ -50,8 +50,8 @@ class EMACallback(L.Callback):
         """Updates the average if the batch ended an optimizer step."""
         self._images += len(batch["sample_id"]) * trainer.world_size
         if trainer.global_step != self._last_step:
-            assert self.average is not None
-            self.average.update(pl_module, images=self._images)
+            if self.average is not None:
+                self.average.update(pl_module, images=self._images)
             self._last_step, self._images = trainer.global_step, 0
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -99,6 +99,8 @@ class EMACallback(L.Callback):
                 hook.remove()
 
     def _create(self, pl_module: L.LightningModule) -> None:
+        if self.decay is None and self.half_life_images is None:
+            return
         if self.average is None:
             self.average = ExponentialMovingAverage(pl_module, self.decay, self.half_life_images)
         if self._loaded is not None:

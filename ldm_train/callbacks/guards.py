@@ -1,12 +1,14 @@
 """Stops a run whose loss is no number any more, instead of training on for days.
 
-The losses of all steps are kept on the device and looked at together every `trainer.log_every_n_steps` optimizer steps,
-where logging waits for the device anyway, and before a checkpoint is written, so that no checkpoint holds the weights
-that such a step made. All ranks look at the same step and agree, so all stop together.
+The losses of all steps are kept on the device, with a flag for each image that has a pixel which is no finite number,
+and looked at together every `trainer.log_every_n_steps` optimizer steps, where logging waits for the device anyway, and
+before a checkpoint is written, so that no checkpoint holds the weights that such a step made. All ranks look at the
+same step and agree, so all stop together.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -15,18 +17,27 @@ from torch import Tensor
 from ldm_train.batch import ImageTextBatch
 from ldm_train.distributed import all_reduce_sum
 
+_NAMED_KEYS = 8
+
 
 class NonFiniteLossError(RuntimeError):
-    """The loss of a training step is NaN or infinite."""
+    """The loss of a training step, or a pixel of its images, is NaN or infinite."""
+
+
+class _Step(NamedTuple):
+    """What is kept of a batch; `finite` (1 + B,) says of its loss and of each image whether it is a finite number."""
+
+    step: int
+    keys: list[str]
+    loss: Tensor
+    finite: Tensor
 
 
 class NonFiniteGuard(L.Callback):
     """Raises `NonFiniteLossError` with the step and its samples' keys; list it before callbacks that save."""
 
-    _NAMED_KEYS = 8
-
     def __init__(self) -> None:
-        self._pending: list[tuple[int, list[str], Tensor]] = []
+        self._pending: list[_Step] = []
 
     def on_train_batch_end(
         self,
@@ -36,10 +47,12 @@ class NonFiniteGuard(L.Callback):
         batch: ImageTextBatch,
         batch_idx: int,
     ) -> None:
-        """Keeps the batch's loss; on a logged step all ranks look at what they kept."""
+        """Keeps the batch's loss and flags; on a logged step all ranks look at what they kept."""
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         if loss is not None:
-            self._pending.append((trainer.global_step, batch["key"], loss.detach()))
+            images = batch["image"].isfinite().flatten(1).all(dim=1)
+            finite = torch.cat([loss.detach().isfinite().view(1), images])
+            self._pending.append(_Step(trainer.global_step, batch["key"], loss.detach(), finite))
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if trainer.global_step % every == 0 and self._pending:
             self._look_together(pl_module)
@@ -53,25 +66,41 @@ class NonFiniteGuard(L.Callback):
         error = self._look()
         ranks = all_reduce_sum(torch.tensor(float(error is not None), device=pl_module.device))
         if ranks > 0:
-            raise error or NonFiniteLossError(f"{int(ranks)} other rank(s) found a loss that is not finite")
+            raise error or NonFiniteLossError(f"{int(ranks)} other rank(s) found a loss or pixels that are not finite")
 
     def _look(self) -> NonFiniteLossError | None:
-        """The error of the first bad loss since the last look, the only wait for the device."""
+        """The error of the first bad step since the last look, the only wait for the device."""
         pending, self._pending = self._pending, []
         if not pending:
             return None
-        finite = torch.stack([loss for *_, loss in pending]).isfinite().tolist()
-        for (step, keys, loss), good in zip(pending, finite, strict=True):
-            if not good:
-                return NonFiniteLossError(self._message(step, keys, float(loss)))
+        flags = iter(torch.cat([kept.finite for kept in pending]).tolist())
+        for step, keys, loss, finite in pending:
+            loss_is_finite, *images_are_finite = islice(flags, len(finite))
+            bad = [key for key, good in zip(keys, images_are_finite, strict=True) if not good]
+            if bad:
+                return NonFiniteLossError(_pixel_message(step, bad, float(loss)))
+            if not loss_is_finite:
+                return NonFiniteLossError(_loss_message(step, keys, float(loss)))
         return None
 
-    def _message(self, step: int, keys: list[str], loss: float) -> str:
-        named = ", ".join(keys[: self._NAMED_KEYS])
-        more = f" and {len(keys) - self._NAMED_KEYS} more" if len(keys) > self._NAMED_KEYS else ""
-        return (
-            f"found train/loss = {loss} at step {step}, on the samples {named}{more}. Allowed are finite losses. "
-            "Lower `optimizer.lr`, warm up longer (`lr_scheduler`), set `trainer.gradient_clip_val=1.0` or "
-            "`trainer.precision=32-true`, or look at the samples; the last checkpoint was written before this step, "
-            "so the same command continues from it."
-        )
+
+def _loss_message(step: int, keys: Sequence[str], loss: float) -> str:
+    return (
+        f"found train/loss = {loss} at step {step}, on the samples {_named(keys)}. Allowed are finite losses. "
+        "Lower `optimizer.lr`, warm up longer (`lr_scheduler`), set `trainer.gradient_clip_val=1.0` or "
+        "`trainer.precision=32-true`, or look at the samples; the last checkpoint was written before this step, "
+        "so the same command continues from it."
+    )
+
+
+def _pixel_message(step: int, keys: Sequence[str], loss: float) -> str:
+    return (
+        f"found pixels that are NaN or infinite at step {step} (train/loss = {loss}), in the samples {_named(keys)}. "
+        "Allowed are finite pixels in [-1, 1]. Mend these samples or leave them out (`data.filters`, `data.shards`); "
+        "the last checkpoint was written before this step, so the same command continues from it."
+    )
+
+
+def _named(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _NAMED_KEYS} more" if len(keys) > _NAMED_KEYS else ""
+    return ", ".join(keys[:_NAMED_KEYS]) + more

@@ -5,6 +5,7 @@ The images are always the same, so that two sheets can be laid side by side.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -31,7 +32,7 @@ class ReconstructionGrid(L.Callback):
     def __init__(self, run_dir: str, num_images: int = 16) -> None:
         self.directory = Path(run_dir) / "reconstructions"
         self.num_images = num_images
-        self._images: list[Tensor] = []
+        self._pairs: list[tuple[Tensor, Tensor]] = []
         self._loaded_step = 0
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, int]) -> None:
@@ -42,27 +43,26 @@ class ReconstructionGrid(L.Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: object,
+        outputs: Tensor | Mapping[str, Any] | None,
         batch: ImageTextBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps the first images; validation shows them in a fixed order."""
-        missing = self.num_images - sum(map(len, self._images))
+        """Keeps the first images and what `validation_step` made of them; validation shows them in a fixed order."""
+        missing = self.num_images - sum(len(images) for images, _ in self._pairs)
         if missing > 0:
-            self._images.append(batch["image"][:missing])
+            assert isinstance(outputs, Tensor)
+            self._pairs.append((to_uint8(batch["image"][:missing]), to_uint8(outputs[:missing])))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draws, with the weights that were just validated."""
-        images, self._images = self._images, []
-        if trainer.sanity_checking or not trainer.is_global_zero or not images:
+        """Draws."""
+        pairs, self._pairs = self._pairs, []
+        if trainer.sanity_checking or not trainer.is_global_zero or not pairs:
             return
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            decoded = torch.cat([pl_module.reconstruct(image) for image in images])  # type: ignore[operator]
+        images, decoded = (torch.cat(side) for side in zip(*pairs, strict=True))
         step = self._loaded_step if trainer.state.fn == "validate" else trainer.global_step
-        pairs = {"image": to_uint8(torch.cat(images)), "decoded": to_uint8(decoded)}
         title = f"Step {step}: validation images above their reconstructions"
-        picture = labelled_rows(*_interleaved(pairs, []), title)
+        picture = labelled_rows(*_interleaved({"image": images, "decoded": decoded}, []), title)
         save_picture(trainer, picture, self.directory / f"step_{step:07d}.png", "val/reconstructions", step)
 
 

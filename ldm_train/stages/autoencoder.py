@@ -2,23 +2,33 @@
 
 One step encodes a batch, draws latents from the posterior with the samples' own noise, decodes, and compares.
 Validation takes the posterior's mode, so its figures have no chance in them.
+
+With a discriminator there is still one optimizer and one backward pass, over two groups of parameters: each loss term
+reaches one group only, so the gradients are those of two optimizers, `global_step` counts optimizer steps, and
+accumulation, clipping (each group by its own norm), precision and DDP work as in every other stage. While the
+discriminator waits for its start it has no gradients, and the optimizer leaves it and its moments alone.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from ldm_train.batch import ImageTextBatch
-from ldm_train.checkpoint import strict_load
-from ldm_train.nn import Autoencoder, AutoencoderLoss
+from ldm_train.checkpoint import check_digest, digest, drop_prefixes, strict_load
+from ldm_train.distributed import world_size
+from ldm_train.metrics import CodebookUsage, LatentStatistics
+from ldm_train.nn import Autoencoder, AutoencoderLoss, Clock
 from ldm_train.randomness import Stream, normal
-from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory, optimizers
+from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory, clip_groups, optimizers, trainable
 
 _RANGE = (-1.0, 1.0)
+_PERCEPTUAL = "loss.perceptual."
 
 
 class AutoencoderStage(L.LightningModule):
@@ -30,6 +40,8 @@ class AutoencoderStage(L.LightningModule):
         optimizer: parameters -> optimizer.
         lr_scheduler: optimizer -> learning rate curve, or `None`.
         seed: the run's seed, keys the posterior's noise.
+        trains: `all`, or the `decoder` alone: latents, and what was trained on them, stay valid then.
+        discriminator_lr: learning rate of the discriminator; `None` for the autoencoder's.
     """
 
     def __init__(
@@ -39,41 +51,76 @@ class AutoencoderStage(L.LightningModule):
         optimizer: OptimizerFactory,
         lr_scheduler: SchedulerFactory | None,
         seed: int,
+        trains: Literal["all", "decoder"] = "all",
+        discriminator_lr: float | None = None,
     ) -> None:
         super().__init__()
+        if trains not in ("all", "decoder"):
+            raise ValueError(f"trains is {trains!r}; allowed are all and decoder; change `stage.trains`")
         self.autoencoder = autoencoder
         self.loss = loss
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.seed = seed
+        self.trains = trains
+        self.discriminator_lr = discriminator_lr
+        encoding = [autoencoder.encoder, autoencoder.to_moments, autoencoder.regularizer]
+        self._frozen: list[nn.Module] = encoding if trains == "decoder" else []
+        self._perceptual_digest = None if loss.perceptual is None else digest(loss.perceptual)
+        for part in self._frozen:
+            part.requires_grad_(False).eval()
         # PSNR is the mean over images of each image's own value; both metrics take images in [-1, 1].
         self.psnr = PeakSignalNoiseRatio(data_range=_RANGE, dim=(1, 2, 3), reduction="elementwise_mean")
         self.ssim = StructuralSimilarityIndexMeasure(data_range=_RANGE)
+        self.lpips = MeanMetric()
+        regularizer, channels = autoencoder.regularizer, autoencoder.latent_channels
+        self.latent_statistics = LatentStatistics(channels, with_divergence=regularizer.codebook_size is None)
+        self.codebook = CodebookUsage(regularizer.codebook_size) if regularizer.codebook_size else None
+        self._images_seen = 0  # up to the present batch
+        self._clock = Clock(step=-1, images=0)
+        # Lightning would refuse checkpoints without the frozen parts; `on_load_checkpoint` is stricter than it.
+        self.strict_loading = False
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """One reconstruction and its loss."""
         image = batch["image"]  # (B, 3, H, W)
         reconstruction, regularized = self.autoencoder(image, self._posterior_noise(batch))
-        terms = self.loss(image, reconstruction, regularized)
-        logged = {"loss": terms.total, "loss_pixel": terms.pixel, "loss_regularizer": terms.regularizer}
-        self.log_dict({f"train/{name}": value for name, value in (logged | regularized.log).items()})
+        terms = self.loss(image, reconstruction, regularized, self.autoencoder.last_weight, self._advanced_clock(image))
+        logged = {"loss": terms.total.detach(), "latent_std": regularized.z.detach().float().std()}
+        self.log_dict({f"train/{name}": value for name, value in (logged | terms.log | regularized.log).items()})
         return terms.total
 
-    def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
-        """Reconstruction quality on images never trained on."""
+    def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
+        """Reconstruction quality on images never trained on; returns the reconstructions (B, 3, H, W) in [-1, 1]."""
         image, size = batch["image"], len(batch["image"])
-        reconstruction, regularized = self.autoencoder(image)
-        terms = self.loss(image, reconstruction, regularized)
-        self.log("val/loss", terms.total, batch_size=size, sync_dist=True)
-        self.log("val/loss_pixel", terms.pixel, batch_size=size, sync_dist=True)
+        moments, regularizer = self.autoencoder.moments(image), self.autoencoder.regularizer
+        regularized = regularizer(moments, None)
+        decoded = self.autoencoder.decode_raw(regularized.z)
+        reconstruction = decoded.float().clamp(*_RANGE)
+        terms = self.loss.without_adversary(image, decoded, regularized)
+        for name, value in ({"loss": terms.total} | terms.log).items():
+            self.log(f"val/{name}", value, batch_size=size, sync_dist=True)
         for name, metric in (("psnr", self.psnr), ("ssim", self.ssim)):
-            metric.update(reconstruction.float().clamp(*_RANGE), image)
+            metric.update(reconstruction, image)
             self.log(f"val/{name}", metric, batch_size=size)
+        if self.loss.perceptual is not None and self.loss.perceptual.weight:
+            self.lpips.update(self.loss.perceptual(image, reconstruction))
+            self.log("val/lpips", self.lpips, batch_size=size)
+        self.latent_statistics.update(regularizer.mode(moments), regularizer.variance(moments))
+        if self.codebook is not None:
+            self.codebook.update(regularized.indices)
+        return reconstruction
 
-    @torch.no_grad()
-    def reconstruct(self, image: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] through the posterior's mode and back, clamped to that range."""
-        return self.autoencoder(image)[0].float().clamp(*_RANGE)
+    def on_validation_epoch_end(self) -> None:
+        """Log what is known about the latents: mean, standard deviation and divergence of each channel."""
+        for name, values in self.latent_statistics.compute()._asdict().items():
+            for channel, value in enumerate([] if values is None else values.float().reshape(-1)):
+                self.log(f"val/latent_{name}/{channel:02d}", value)
+        self.latent_statistics.reset()
+        if self.codebook is not None:
+            for name, value in self.codebook.compute()._asdict().items():
+                self.log(f"val/codebook_{name}", value.float())
+            self.codebook.reset()
 
     @torch.no_grad()
     def latent_moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,16 +129,79 @@ class AutoencoderStage(L.LightningModule):
         return self.autoencoder.regularizer.mode(moments), self.autoencoder.regularizer.variance(moments)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer over the autoencoder."""
-        return optimizers(self, self.optimizer, self.lr_scheduler)
+        """One optimizer: the autoencoder's parameters, and the discriminator's at their own rate."""
+        groups: list[dict[str, Any]] = [{"params": trainable(self.autoencoder)}]
+        if self.loss.adversarial is not None:
+            rate = {} if self.discriminator_lr is None else {"lr": self.discriminator_lr}
+            groups.append({"params": list(self.loss.adversarial.discriminator.parameters()), **rate})
+        return optimizers(groups, self.optimizer, self.lr_scheduler)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """A discriminator that has not started must not be stepped: decay and moments would run on zeros."""
+        adversarial = self.loss.adversarial
+        if adversarial is not None and not adversarial.is_active(self._clock):
+            for parameter in adversarial.discriminator.parameters():
+                parameter.grad = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each group by its own norm, so that neither player scales the other's gradients."""
+        clip_groups(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen backbone of LPIPS out, keep its identity; keep the count of images."""
+        checkpoint["state_dict"] = drop_prefixes(checkpoint["state_dict"], (_PERCEPTUAL,))
+        checkpoint["images_seen"] = self._images_seen
+        checkpoint["frozen"] = {} if self._perceptual_digest is None else {"perceptual": self._perceptual_digest}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other parameters."""
-        strict_load(self, checkpoint["state_dict"])
+        """Refuse a checkpoint of other parameters, or one trained with another perceptual backbone."""
+        if self._perceptual_digest is not None:
+            found = checkpoint.get("frozen", {}).get("perceptual")
+            check_digest("perceptual backbone", self._perceptual_digest, found, "perceptual.backbone")
+        strict_load(self, checkpoint["state_dict"], allowed_missing=(_PERCEPTUAL,))
+        self._images_seen = checkpoint.get("images_seen", 0)
+
+    def train(self, mode: bool = True) -> "AutoencoderStage":
+        """Switch everything but the frozen parts, which stay in evaluation mode: a codebook is not maintained then."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
 
     def parts(self) -> dict[str, nn.Module]:
         """The named parts of the start-up summary."""
-        return {"encoder": self.autoencoder.encoder, "decoder": self.autoencoder.decoder}
+        parts: dict[str, nn.Module] = {"encoder": self.autoencoder.encoder, "decoder": self.autoencoder.decoder}
+        if self.autoencoder.regularizer.codebook_size is not None:
+            parts["codebook"] = self.autoencoder.regularizer
+        if self.loss.adversarial is not None:
+            parts["discriminator"] = self.loss.adversarial.discriminator
+        if self.loss.perceptual is not None:
+            parts["perceptual"] = self.loss.perceptual
+        return parts
+
+    def facts(self, image_size: int) -> dict[str, object]:
+        """What the start-up summary tells besides sizes: the regularizer's weight under both reductions."""
+        regularizer, channels = self.autoencoder.regularizer, self.autoencoder.latent_channels
+        pixels = 3 * image_size**2
+        latents = channels * (image_size // self.autoencoder.downsampling_factor) ** 2
+        other = "mean" if regularizer.reduction == "sum" else "sum"
+        return {
+            "regularizer": f"{type(regularizer).__name__}, weight {regularizer.weight:.4g} with reduction "
+            f"{regularizer.reduction}, which is {regularizer.equivalent_weight(pixels, latents):.4g} with {other} "
+            f"({pixels:,} pixel values, {latents:,} latents an image)"
+        }
+
+    def _advanced_clock(self, image: Tensor) -> Clock:
+        # All batches that are accumulated into one step see one clock.
+        if self.global_step != self._clock.step:
+            self._clock = Clock(self.global_step, self._images_seen)
+        self._images_seen += len(image) * world_size()
+        return self._clock
 
     def _posterior_noise(self, batch: ImageTextBatch) -> Tensor:
         height, width = batch["image"].shape[-2:]

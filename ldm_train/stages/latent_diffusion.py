@@ -20,7 +20,7 @@ from ldm_train.diffusion import ClassifierFreeGuidance, DDIMSampler, Denoiser, D
 from ldm_train.nn import Autoencoder
 from ldm_train.randomness import Stream, normal
 from ldm_train.stages.moments import Moments
-from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory, optimizers
+from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory, optimizers, trainable
 
 _FROZEN = ("autoencoder.",)
 
@@ -125,7 +125,7 @@ class LatentDiffusion(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over all trainable parameters."""
-        return optimizers(self, self.optimizer, self.lr_scheduler)
+        return optimizers(trainable(self), self.optimizer, self.lr_scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen autoencoder out; keep its identity."""

@@ -7,25 +7,48 @@ optimizer's rate by a factor of the step s,
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+ParameterGroups = list[nn.Parameter] | list[dict[str, Any]]
+OptimizerFactory = Callable[[ParameterGroups], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
 def optimizers(
-    module: nn.Module, optimizer: OptimizerFactory, lr_scheduler: SchedulerFactory | None
+    parameters: ParameterGroups, optimizer: OptimizerFactory, lr_scheduler: SchedulerFactory | None
 ) -> OptimizerLRScheduler:
-    """What `configure_optimizers` returns: the trainable parameters' optimizer, its curve stepped every step."""
-    built = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
+    """What `configure_optimizers` returns: one optimizer of parameters or groups, its curve stepped every step."""
+    built = optimizer(parameters)
     if lr_scheduler is None:
         return {"optimizer": built}
     return {"optimizer": built, "lr_scheduler": {"scheduler": lr_scheduler(built), "interval": "step"}}
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training may change."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def clip_groups(optimizer: Optimizer, limit: float | None, algorithm: str | None) -> None:
+    """Clip each parameter group's gradients by its own norm (algorithm `norm`, or `None`) or by `value`.
+
+    Args:
+        optimizer: its groups are clipped where they have gradients.
+        limit: the largest norm or value; `None` or 0 clips nothing.
+        algorithm: as `trainer.gradient_clip_algorithm`.
+    """
+    if not limit:
+        return
+    clip = torch.nn.utils.clip_grad_value_ if algorithm == "value" else torch.nn.utils.clip_grad_norm_
+    for group in optimizer.param_groups:
+        clip(group["params"], limit)
 
 
 def warmup_constant(optimizer: Optimizer, warmup_steps: int) -> LRScheduler:

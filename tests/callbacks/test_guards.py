@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from ldm_train.callbacks import NonFiniteGuard, NonFiniteLossError
-from tests.callbacks.toy import ToyData, ToyStage, trainer_of
+from tests.callbacks.toy import NUM_IMAGES, ToyData, ToyStage, batch_of, trainer_of
 
 
 class Diverging(ToyStage):
@@ -53,3 +54,43 @@ def test_another_rank_s_error_stops_this_rank_too(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm_train.callbacks.guards.all_reduce_sum", lambda value: value + torch.ones_like(value))
     with pytest.raises(NonFiniteLossError, match="1 other rank"):
         _fit(tmp_path, ToyStage(), NonFiniteGuard())
+
+
+class BrokenPixels(ToyData):
+    """Single pixels of samples 9 and 11, in the third batch, are no numbers."""
+
+    def train_dataloader(self):
+        def collate(indices):
+            batch = batch_of(indices)
+            for sample, value in ((9, float("nan")), (11, float("-inf"))):
+                batch["image"][batch["sample_id"] == sample, 1, 2, 3] = value
+            return batch
+
+        return DataLoader(range(NUM_IMAGES), batch_size=4, collate_fn=collate)
+
+
+class Unmoved(ToyStage):
+    """Its loss does not see the pixels."""
+
+    def training_step(self, batch, batch_idx):
+        return self.colours(batch["sample_id"]).square().mean()
+
+
+@pytest.mark.parametrize("stage", [ToyStage, Unmoved])
+def test_samples_with_broken_pixels_are_named_alone_whatever_the_loss(tmp_path, stage):
+    trainer = trainer_of(tmp_path, [NonFiniteGuard()], limit_val_batches=0)
+    with pytest.raises(NonFiniteLossError) as error:
+        trainer.fit(stage(), BrokenPixels())
+    message = str(error.value)
+    assert "pixels that are NaN or infinite at step 3" in message
+    assert "in the samples 00000/0009, 00000/0011. Allowed are finite pixels" in message
+    assert "`data.filters`" in message
+
+
+def test_many_keys_are_counted(tmp_path):
+    class Wide(ToyData):
+        def train_dataloader(self):
+            return DataLoader(range(NUM_IMAGES), batch_size=12, collate_fn=batch_of)
+
+    with pytest.raises(NonFiniteLossError, match=r"00000/0007 and 4 more\. Allowed"):
+        trainer_of(tmp_path, [NonFiniteGuard()], limit_val_batches=0).fit(Diverging(bad_batch=0), Wide())

@@ -74,6 +74,7 @@ class ToyStage(L.LightningModule):
     def validation_step(self, batch, batch_idx):
         self.seen.append(self.colours.weight.detach().clone())
         self.log("val/loss", (self.colours(batch["sample_id"]) - batch["image"].mean(dim=(2, 3))).square().mean())
+        return self.reconstruct(batch["image"])
 
     def generate(self, batch, seeds):
         assert not self.training

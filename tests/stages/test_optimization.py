@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ldm_train.stages import warmup_constant, warmup_cosine
-from ldm_train.stages.optimization import optimizers
+from ldm_train.stages.optimization import clip_groups, optimizers, trainable
 
 
 def rates(schedule, steps, **arguments):
@@ -35,5 +35,21 @@ def test_a_warm_up_longer_than_the_run_is_refused():
 def test_frozen_parameters_are_not_optimised():
     module = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
     module[0].requires_grad_(False)
-    built = optimizers(module, torch.optim.AdamW, None)["optimizer"]
+    built = optimizers(trainable(module), torch.optim.AdamW, None)["optimizer"]
     assert built.param_groups[0]["params"] == list(module[1].parameters())
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value", None])
+def test_each_group_is_clipped_as_if_it_were_alone(algorithm):
+    def gradients(*groups):
+        parameters = [[torch.nn.Parameter(torch.zeros(3)) for _ in range(2)] for _ in groups]
+        for group, scale in zip(parameters, groups, strict=True):
+            for i, parameter in enumerate(group):
+                parameter.grad = scale * torch.arange(1.0, 4.0) * (i + 1)
+        clip_groups(torch.optim.SGD([{"params": group} for group in parameters], lr=1.0), 1.0, algorithm)
+        return [torch.cat([parameter.grad for parameter in group]) for group in parameters]
+
+    large, small = gradients(1000.0, 0.01)
+    assert torch.equal(large, gradients(1000.0)[0])
+    torch.testing.assert_close(small, 0.01 * torch.tensor([1.0, 2, 3, 2, 4, 6]))  # below the limit: left alone
+    assert float(large.norm() if algorithm != "value" else large.max()) == pytest.approx(1.0, rel=1e-4)

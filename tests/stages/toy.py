@@ -6,7 +6,15 @@ import torch
 
 from ldm_train.conditioning import TransformerTextConditioner
 from ldm_train.diffusion import ClassifierFreeGuidance, DDIMSampler, Denoiser, DiffusionObjective, cosine_schedule
-from ldm_train.nn import Autoencoder, AutoencoderLoss, KLRegularizer, UNet
+from ldm_train.nn import (
+    AdversarialLoss,
+    Autoencoder,
+    AutoencoderLoss,
+    KLRegularizer,
+    PatchDiscriminator,
+    UNet,
+    VectorQuantizer,
+)
 from ldm_train.stages import AutoencoderStage, EncodedMoments, LatentDiffusion
 
 CAPTIONS = ["red apple", "blue car", "green tree", "yellow sun"]
@@ -23,9 +31,9 @@ def batch(count=4, epoch=0, first=0):
     }
 
 
-def autoencoder(calibrated=True):
+def autoencoder(calibrated=True, regularizer=None):
     torch.manual_seed(0)
-    model = Autoencoder(KLRegularizer(), 4, 16, (1, 2), num_res_blocks=1, norm_groups=8)
+    model = Autoencoder(regularizer or KLRegularizer(), 4, 16, (1, 2), num_res_blocks=1, norm_groups=8)
     if calibrated:
         model.calibrate(torch.full((4,), 0.1), torch.full((4,), 0.9))
     return model
@@ -35,8 +43,20 @@ def optimizer():
     return partial(torch.optim.SGD, lr=0.01)
 
 
-def autoencoder_stage():
-    return AutoencoderStage(autoencoder(calibrated=False), AutoencoderLoss(), optimizer(), None, seed=0)
+def adversarial(**changes):
+    torch.manual_seed(2)
+    return AdversarialLoss(PatchDiscriminator(8, num_layers=1), **({"start": 0} | changes))
+
+
+def quantizer(**changes):
+    torch.manual_seed(3)
+    return VectorQuantizer(**({"codebook_size": 16, "latent_channels": 4} | changes))
+
+
+def autoencoder_stage(regularizer=None, adversary=None, **changes):
+    loss = AutoencoderLoss(adversarial=adversary)
+    arguments = {"optimizer": optimizer(), "lr_scheduler": None, "seed": 0} | changes
+    return AutoencoderStage(autoencoder(False, regularizer), loss, **arguments)
 
 
 def diffusion_parts():
