@@ -9,7 +9,9 @@ import tomllib
 from pathlib import Path
 from urllib.parse import urlparse
 
+import hydra
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
@@ -33,6 +35,17 @@ def commands() -> list[list[str]]:
         for block in re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
             lines = block.replace("\\\n", " ").splitlines()
             found += [shlex.split(line, comments=True) for line in lines if line.strip()]
+    return found
+
+
+def lab_notes() -> list[list[str]]:
+    """The commands in the heads of the experiments: `# Run:` and the lines that continue it."""
+    found = []
+    for path in sorted((conf_dir() / "experiment").glob("*.yaml")):
+        head = path.read_text(encoding="utf-8").replace("\\\n#", " ")
+        found += [
+            shlex.split(re.sub(r" {2,}\(after .*", "", line)) for line in re.findall(r"^# Run: +(.*)$", head, re.M)
+        ]
     return found
 
 
@@ -67,7 +80,24 @@ def test_every_kind_of_command_is_found():
     assert len(starting_with("python", "-m", "ldm_train")) >= 10
     assert ["demo"] in starting_with("make")
     assert ["test"] in starting_with("make")
-    assert {Path(tool).name for tool, *_ in starting_with("python") if tool != "-m"} == {"make_shards.py", "sample.py"}
+    assert {Path(tool).name for tool, *_ in starting_with("python") if tool != "-m"} == {
+        "calibrate_latents.py",
+        "convert.py",
+        "fetch_weights.py",
+        "make_shards.py",
+        "sample.py",
+    }
+
+
+@pytest.mark.parametrize("command", lab_notes(), ids=" ".join)
+def test_the_command_of_every_experiment_composes(command):
+    register()
+    assert command[:3] == ["python", "-m", "ldm_train"]
+    check(composed(command[3:]))
+
+
+def test_every_experiment_has_its_command():
+    assert len(lab_notes()) == len(list((conf_dir() / "experiment").glob("*.yaml")))
 
 
 @pytest.mark.parametrize("arguments", starting_with("python", "-m", "ldm_train"), ids=" ".join)
@@ -76,6 +106,22 @@ def test_training_commands_compose_and_pass_the_checks(arguments):
     overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
     assert set(arguments) - set(overrides) <= {"-m"}
     check(composed(overrides))
+
+
+def test_the_table_of_autoencoders_is_that_of_the_configs():
+    """Options, factors, channels, codes and, on the meta device, parameters."""
+    register()
+    rows = re.findall(
+        r"^\| `((?:kl|vq)_f\w+)`[^|]*\| (\d+) \| (\d+) \| ([\d,]*) ?\| ([\d,]+) \|", text("README.md"), re.M
+    )
+    options = {path.stem for path in (conf_dir() / "autoencoder").glob("*.yaml")} - {"tiny", "vq_tiny"}
+    assert {name for name, *_ in rows} == options
+    for name, factor, channels, codes, parameters in rows:
+        with torch.device("meta"):
+            network = hydra.utils.instantiate(composed([f"autoencoder={name}"]).autoencoder, _convert_="all")
+        found = (network.downsampling_factor, network.latent_channels, network.regularizer.codebook_size or 0)
+        assert found == tuple(int(number.replace(",", "") or 0) for number in (factor, channels, codes))
+        assert sum(parameter.numel() for parameter in network.parameters()) == int(parameters.replace(",", ""))
 
 
 @pytest.mark.parametrize("arguments", starting_with("make"), ids=" ".join)
