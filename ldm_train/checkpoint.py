@@ -110,7 +110,7 @@ def strict_load(module: nn.Module, state: Mapping[str, Tensor], allowed_missing:
             + _listed("unexpected", unexpected)
             + _listed("other shape", shapes)
             + "allowed are exactly the model's own names and shapes; compose the config the checkpoint was trained "
-            "with (groups `autoencoder`, `unet`, `conditioner`, `stage`), or name another checkpoint"
+            "with (groups `autoencoder`, `adversarial`, `unet`, `conditioner`, `stage`), or name another checkpoint"
         )
     module.load_state_dict(dict(state), strict=False)
 

@@ -182,12 +182,20 @@ def load_run(path: Path) -> tuple[L.LightningModule, DictConfig]:
     """
     checkpoint = read_checkpoint(path, key="--checkpoint")
     if "config" not in checkpoint:
-        raise ConfigError(f"{path} holds no config; allowed are checkpoints written by a run of this package")
+        raise ConfigError(not_of_a_run(path))
     cfg = OmegaConf.create(_moved(checkpoint["config"], path.absolute()))
     assert isinstance(cfg, DictConfig)
     stage = _instantiate(cfg.stage, "stage")
     load_weights(stage, checkpoint)
     return stage.eval(), cfg
+
+
+def not_of_a_run(path: Path) -> str:
+    """Why a checkpoint without a config cannot be gone on with."""
+    return (
+        f"{path} holds no config, as a converted autoencoder does; allowed are checkpoints that a run of this package "
+        "has written; start from an autoencoder's weights by `stage.autoencoder.checkpoint`"
+    )
 
 
 def _moved(config: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.callbacks import RunRecord, finish_wandb
 from ldm_train.checkpoint import load_weights, read_checkpoint
-from ldm_train.config import ConfigError, Run, build, check, plain
+from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain
 
 _log = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ def resume_path(resume: str, run_dir: Path) -> Path | None:
 
 # Parts of a stage that may change between two halves of a run: they train nothing, or say where files lie.
 _FREE = {"sampler", "guidance", "checkpoint", "base_checkpoint", "key", "total_steps"}
+_FREE |= {"memory_format", "checkpoint_factors", "tile_size", "tile_overlap"}  # of memory, not of what is trained
 
 
 def _leaves(node: object, path: str = "stage") -> dict[str, object]:
@@ -105,14 +106,12 @@ def _leaves(node: object, path: str = "stage") -> dict[str, object]:
     return {name: leaf for key, value in kept.items() for name, leaf in _leaves(value, f"{path}.{key}").items()}
 
 
-def _refuse_another_recipe(trained: dict[str, Any] | None, asked: dict[str, Any], checkpoint: Path) -> None:
+def _refuse_another_recipe(trained: dict[str, Any], asked: dict[str, Any], checkpoint: Path) -> None:
     """A run is one recipe from its first step to its last.
 
     Raises:
         ConfigError: if the stage, its parts or its optimizer are not those the checkpoint was trained with.
     """
-    if trained is None:
-        return
     before, now = _leaves(trained["stage"]), _leaves(asked["stage"])
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     if changed:
@@ -127,7 +126,9 @@ def _fit(run: Run, checkpoint: Path | None, config: dict[str, Any]) -> None:
     if checkpoint is not None:
         content = read_checkpoint(checkpoint)
         step = content["global_step"]
-        _refuse_another_recipe(content.get("config"), config, checkpoint)
+        if "config" not in content:
+            raise ConfigError(not_of_a_run(checkpoint))
+        _refuse_another_recipe(content["config"], config, checkpoint)
         _log.info("Resuming from step %d of %s", step, checkpoint)
         if step >= run.trainer.max_steps >= 0:
             _log.info("This run has all of its %d steps already; more need a larger `trainer.max_steps`", step)

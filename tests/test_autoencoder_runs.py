@@ -110,18 +110,38 @@ def test_the_decoder_alone_goes_on_from_a_checkpoint(tiny_runs, tmp_path):
     assert changed == {"decoder", "from_latents"}, "calibration included: the latents are what they were"
 
 
+def test_lpips_judges_a_model_that_was_trained_without_it(tiny_runs, tmp_path, torch_cache):
+    path = tiny_runs / STAGE / "default/checkpoints/last.ckpt"
+    train(composed(*TINY, "task=validate", f"resume={path}", "perceptual=lpips", root=tmp_path))
+    assert "val/lpips" in metrics(tmp_path / STAGE / "default")
+
+
+def test_a_converted_autoencoder_is_validated_and_begun_from_but_not_gone_on_with(tiny_runs, tmp_path):
+    content = read_checkpoint(tiny_runs / STAGE / "default/checkpoints/last.ckpt")
+    own = {name: value for name, value in content["state_dict"].items() if name.startswith("autoencoder.")}
+    converted = tmp_path / "converted.ckpt"
+    torch.save({"state_dict": own, "autoencoder": {}, "global_step": 0}, converted)
+    train(composed(*TINY, "task=validate", f"resume={converted}", root=tmp_path))
+    run(tmp_path, "begun", f"stage.autoencoder.checkpoint={converted}")
+    with pytest.raises(ConfigError, match=r"holds no config, as a converted .* by `stage.autoencoder.checkpoint`"):
+        run(tmp_path, "resumed", f"resume={converted}")
+    with pytest.raises(ConfigError, match=r"holds no config, as a converted"):
+        load_run(converted)
+
+
 def test_later_stages_get_the_averaged_weights(tmp_path):
-    checkpoint = run(tmp_path, "default", "callbacks.ema.decay=0.9")
+    checkpoint = run(tmp_path, "default", "callbacks.ema.decay=0.9", *ADVERSARY)
     stage, _ = load_run(tmp_path / STAGE / "default/checkpoints/last.ckpt")
     fresh = load_pretrained(
         stage.autoencoder, str(tmp_path / STAGE / "default/checkpoints/last.ckpt"), "autoencoder.", "key"
     )
+    assert all(name.startswith("autoencoder.") for name in checkpoint["ema"]["average"]), "no discriminator"
     for name, value in checkpoint["ema"]["average"].items():
         assert torch.equal(dict(fresh.named_parameters())[name.removeprefix("autoencoder.")], value)
 
 
 def test_images_that_do_not_divide_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"images are 30 x 30; allowed are multiples of 4.*change `image_size`"):
+    with pytest.raises(ConfigError, match=r"images are 30 x 30; allowed are multiples of 4.*change `image_size`"):
         run(tmp_path, "default", "image_size=30")
 
 
@@ -137,3 +157,20 @@ def test_a_truncated_checkpoint_is_refused(tiny_runs, tmp_path):
     cut.write_bytes(content[: len(content) // 2])
     with pytest.raises(ConfigError, match=r"(?s)cannot be read as a checkpoint.*allowed are complete.*change `stage"):
         run(tmp_path, "default", f"stage.autoencoder.checkpoint={cut}")
+
+
+def test_stage_two_learns_the_latents_before_quantisation_and_decodes_their_nearest_codes(tmp_path):
+    run(tmp_path, "vq", *CODEBOOK)
+    checkpoint = tmp_path / STAGE / "vq/checkpoints/last.ckpt"
+    overrides = ["experiment=demo", "debug=tiny", "logger=csv", "callbacks.samples=null", "sampler.num_steps=2"]
+    train(composed(*overrides, *CODEBOOK, f"stage.autoencoder.checkpoint={checkpoint}", root=tmp_path))
+    stage, _ = load_run(tmp_path / "demo/default/checkpoints/last.ckpt")
+    autoencoder = stage.autoencoder.eval()
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latents = autoencoder.encode(image)
+        assert torch.equal(autoencoder.encode(image, torch.randn_like(latents)), latents), "nothing is drawn"
+        codes = autoencoder.regularizer.project(latents * autoencoder.latent_std + autoencoder.latent_mean)
+        assert not torch.allclose(autoencoder.normalise(codes), latents, atol=1e-3)
+        assert torch.equal(autoencoder.decode(latents), autoencoder.decode_raw(codes))
+        torch.testing.assert_close(autoencoder.decode(autoencoder.normalise(codes)), autoencoder.decode_raw(codes))

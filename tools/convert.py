@@ -150,7 +150,8 @@ def _from_ours(checkpoint: Mapping[str, Any], source: Source) -> Imported:
     state = {**checkpoint["state_dict"], **average}
     part = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     ignored = Counter(name.split(".")[0] for name in state if not name.startswith(PREFIX))
-    return Imported(_node(source, checkpoint.get("config", {})), part, dict(ignored))
+    # A run's checkpoint has the whole config, a converted one the node alone.
+    return Imported(_node(source, checkpoint.get("config", checkpoint)), part, dict(ignored))
 
 
 def _node(source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def write(target: Path, target_format: str, node: Mapping[str, Any], autoencoder
     with atomic_write(target) as temporary:
         if target_format == OURS:
             own = {f"{PREFIX}{name}": value.contiguous() for name, value in state.items()}
-            torch.save({"state_dict": own, "config": {"autoencoder": dict(node)}, "global_step": 0}, temporary)
+            torch.save({"state_dict": own, "autoencoder": dict(node), "global_step": 0}, temporary)
         else:
             tensors, record = export_compvis(node, state)
             if target.suffix == ".safetensors":

@@ -56,7 +56,7 @@ WEIGHTS = {
         INCEPTION_FILE,
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0",
         95.6,
-        "FID: callbacks.samples.extractor.inception_weights",
+        "FID: inception_weights of callbacks.samples.extractor, callbacks.reconstruction_distance.extractor",
     ),
 }
 

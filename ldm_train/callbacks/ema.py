@@ -102,7 +102,9 @@ class EMACallback(L.Callback):
         if self.decay is None and self.half_life_images is None:
             return
         if self.average is None:
-            self.average = ExponentialMovingAverage(pl_module, self.decay, self.half_life_images)
+            # What no picture depends on, as the discriminator of stage 1, needs no average.
+            without = getattr(pl_module, "not_averaged", ())
+            self.average = ExponentialMovingAverage(pl_module, self.decay, self.half_life_images, without)
         if self._loaded is not None:
             self.average.load_state_dict(self._loaded)
             self._loaded = None

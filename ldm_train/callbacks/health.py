@@ -9,7 +9,8 @@ Four things ruin a first stage slowly, with a loss that looks well:
 - the latents collapse or grow, against any bound or against their own standard deviation of earlier.
 
 The figures are read on the steps that Lightning logs, where it waits for the device anyway. An alarm is raised when a
-condition held on several such steps in a row, and repeated only after a long while.
+condition held on several such steps in a row, and repeated only after a long while. A run keeps its recipe, so what an
+alarm advises is for a new one (`run_id=...`); `stage.autoencoder.checkpoint` begins it with the weights of the old one.
 """
 
 import logging
@@ -89,7 +90,7 @@ class AutoencoderHealth(L.Callback):
         self._streaks = {kind: self._streaks.get(kind, 0) + 1 for kind in complaints}
         for kind, message in complaints.items():
             if self._streaks[kind] >= self.patience and kind not in self._pauses:
-                _log.warning("step %d: %s", step, message)
+                _log.warning("step %d: %s (in a new run, `run_id=...`)", step, message)
                 self._pauses[kind] = self.repeat_after
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,7 +117,7 @@ class AutoencoderHealth(L.Callback):
                     "raise `adversarial.r1_weight` or `adversarial.lecam_weight`, lower `stage.discriminator_lr`, or "
                     "start it later with `adversarial.start`"
                 )
-        if cap is not None and figures.get("adaptive_weight", 0.0) >= cap:
+        if cap is not None and figures.get("adaptive_weight", 0.0) >= cap * (1 - 1e-6):  # as float32
             complaints["adaptive_weight"] = (
                 f"train/adaptive_weight is {figures['adaptive_weight']:.3g}, its cap: next to nothing of the "
                 "discriminator's gradient reaches the decoder's last layer, because the discriminator is saturated or "

@@ -63,7 +63,7 @@ class RunSummary(L.Callback):
             "effective batch": f"{batch} images a step",
             "images to see": f"{steps * batch:,}",
             **data.summary(),
-            **(pl_module.facts(data.options.image_size) if hasattr(pl_module, "facts") else {}),  # type: ignore[operator]
+            **(pl_module.facts() if hasattr(pl_module, "facts") else {}),  # type: ignore[operator]
             "device": f"{processes}{pl_module.device.type}",
             "precision": trainer.precision,
             "run directory": self.run_dir,

@@ -105,12 +105,22 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     Raises:
         ValueError: if it is one that `Autoencoder` cannot be.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"config.json holds {type(config).__name__}; allowed is what diffusers writes; name another SOURCE"
+        )
     _check("_class_name", config.get("_class_name"), (_KL, _VQ))
     if missing := {"down_block_types", "up_block_types", "block_out_channels", "latent_channels"} - config.keys():
         raise ValueError(
             f"config.json lacks {', '.join(sorted(missing))}; allowed is what diffusers writes; name another SOURCE"
         )
-    down, up, widths = (list(config[key]) for key in ("down_block_types", "up_block_types", "block_out_channels"))
+    down, up, widths = (config[key] for key in ("down_block_types", "up_block_types", "block_out_channels"))
+    is_list_of_widths = isinstance(widths, list) and widths and all(isinstance(w, int) and w > 0 for w in widths)
+    if not is_list_of_widths or not isinstance(down, list) or len(down) != len(widths):
+        raise ValueError(
+            f"`block_out_channels` of config.json is {widths} and `down_block_types` of config.json is {down}; allowed "
+            "are a list of positive numbers and one as long of names; name another SOURCE"
+        )
     for name in down:
         _check("down_block_types", name, _DOWN)
     _check("up_block_types", up, [[_UP[_DOWN.index(name)] for name in reversed(down)]])

@@ -125,8 +125,9 @@ class InceptionFeatures(FeatureExtractor):
         if not path.is_file():
             raise FileNotFoundError(
                 f"found no Inception weights at {path}. Allowed is the file {INCEPTION_FILE} (95.7 MB) from "
-                f"{INCEPTION_PAGE}: download it on a machine with a network, put it there, or change the key "
-                "`callbacks.samples.extractor.inception_weights` (null: the extractor that needs no weights)."
+                f"{INCEPTION_PAGE}: `python tools/fetch_weights.py inception` gets it on a machine with a network; "
+                "put it there, or change `inception_weights` (null: the extractor that needs no weights) of "
+                "`callbacks.samples.extractor` or `callbacks.reconstruction_distance.extractor`."
             )
         self.fingerprint = f"inception-{sha256(path.read_bytes()).hexdigest()[:16]}-antialias={antialias}"
         # The network's class reads its weights with an unrestricted unpickler: it gets bytes that we wrote ourselves,

@@ -85,7 +85,7 @@ class LatentStatistics(Metric):
         if not int(self.num_images):
             raise ValueError(
                 "latent statistics were asked for after 0 images; allowed are 1 or more; change "
-                "`callbacks.calibration.num_images`"
+                "`callbacks.calibration.num_images` or `data.shards`"
             )
         mean = self.sum_mean / self.num_values
         variance = (self.sum_variance + self.sum_square) / self.num_values - mean.square()

@@ -125,7 +125,7 @@ class AdversarialLoss(nn.Module):
         self.r1_every = r1_every
         self.lecam_weight = lecam_weight
         self.lecam_decay = lecam_decay
-        # There with and without LeCAM, so that a run can be resumed with it switched on.
+        # There with and without LeCAM: a checkpoint's names do not depend on options.
         self.register_buffer("logit_averages", torch.zeros(2))  # of images, of reconstructions
         self.register_buffer("logit_averages_weight", torch.zeros(()))
 

@@ -123,7 +123,7 @@ class Autoencoder(nn.Module):
             ValueError: if the images are of another shape, or no floating-point numbers.
         """
         moments = self.moments(x)
-        z = self.regularizer.mode(moments) if noise is None else self.regularizer(moments, noise).z
+        z = self.regularizer.mode(moments) if noise is None else self.regularizer.draw(moments, noise)
         return self.normalise(z)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -136,12 +136,11 @@ class Autoencoder(nn.Module):
             )
         with torch.autocast(latents.device.type, enabled=False):
             z = latents.float() * self.latent_std + self.latent_mean
-            z = self.regularizer.project(z)
-            return self._in_tiles(self.decode_raw, z, in_cell=1, out_cell=self.downsampling_factor)
+            return self.decode_raw(self.regularizer.project(z))
 
     def decode_raw(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, w) as the regularizer gives them, not normalised, to images (B, 3, H, W), unclamped."""
-        return self.decoder(self.from_latents(z.contiguous(memory_format=self.memory_format)))
+        return self._in_tiles(self._decoded, z, in_cell=1, out_cell=self.downsampling_factor)
 
     def normalise(self, z: Tensor) -> Tensor:
         """Raw latents to zero mean and unit variance."""
@@ -186,6 +185,9 @@ class Autoencoder(nn.Module):
 
     def _encoded(self, x: Tensor) -> Tensor:
         return self.to_moments(self.encoder(x.contiguous(memory_format=self.memory_format)))
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        return self.decoder(self.from_latents(z.contiguous(memory_format=self.memory_format)))
 
     def _in_tiles(self, function: Callable[[Tensor], Tensor], x: Tensor, in_cell: int, out_cell: int) -> Tensor:
         """`function(x)`, in tiles if these are asked for and nothing is kept for a backward pass anyway."""

@@ -150,14 +150,17 @@ class PatchDiscriminator(nn.Module):
         Raises:
             ValueError: if the images are smaller than one patch.
         """
-        height, width = x.shape[-2:]
+        self.require_size(*x.shape[-2:])
+        return self.layers(x)
+
+    def require_size(self, height: int, width: int) -> None:
+        """Refuse, with ValueError, images of fewer pixels than a patch."""
         if min(height, width) < self.smallest_image:
             raise ValueError(
                 f"images are {height} x {width}, too small for a discriminator of {self.num_layers} layers; allowed "
                 f"are {self.smallest_image} x {self.smallest_image} and more; change "
                 "`adversarial.discriminator.num_layers` or `image_size`"
             )
-        return self.layers(x)
 
 
 def _convolution(c_in: int, c_out: int, stride: int, norm: Norm, bias: bool = True) -> nn.Module:

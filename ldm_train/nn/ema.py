@@ -33,6 +33,7 @@ class ExponentialMovingAverage:
         module: the module whose trainable parameters are averaged; the average starts at their present values.
         decay: d in [0, 1); `None` with `half_life_images`.
         half_life_images: the images after which an old value counts half; `None` with `decay`.
+        without: prefixes of names that are left out.
 
     Attributes:
         average: name -> float32 tensor of the parameter's shape and device.
@@ -42,7 +43,13 @@ class ExponentialMovingAverage:
         ValueError: neither or both of `decay` and `half_life_images` are given, or one is out of range.
     """
 
-    def __init__(self, module: nn.Module, decay: float | None = 0.9999, half_life_images: float | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        decay: float | None = 0.9999,
+        half_life_images: float | None = None,
+        without: tuple[str, ...] = (),
+    ) -> None:
         if (decay is None) == (half_life_images is None):
             raise ValueError(
                 f"EMA found decay={decay} and half_life_images={half_life_images}; exactly one of the two is allowed: "
@@ -56,7 +63,9 @@ class ExponentialMovingAverage:
         self.decay, self.half_life_images = decay, half_life_images
         self.num_updates = 0
         self.average: dict[str, Tensor] = {
-            name: parameter.detach().to(torch.float32, copy=True) for name, parameter in _trainable(module).items()
+            name: parameter.detach().to(torch.float32, copy=True)
+            for name, parameter in _trainable(module).items()
+            if not name.startswith(without or ("\0",))
         }
         self.raw: dict[str, Tensor] | None = None  # the parameters' own values while the averages stand in for them
 

@@ -76,12 +76,7 @@ class LPIPS(nn.Module):
         """
         if not self.stages:
             raise RuntimeError("the weight of LPIPS is 0; allowed here are numbers above 0; change `perceptual.weight`")
-        height, width = x.shape[-2:]
-        if min(height, width) < _SMALLEST_IMAGE:
-            raise ValueError(
-                f"images are {height} x {width}, too small for VGG16; allowed are {_SMALLEST_IMAGE} x "
-                f"{_SMALLEST_IMAGE} and more; change `image_size`, or do without `perceptual`"
-            )
+        self.require_size(*x.shape[-2:])
         distances = []
         h_x, h_y = (x - self.mean) / self.std, (y - self.mean) / self.std
         for index, stage in enumerate(self.stages):
@@ -89,6 +84,14 @@ class LPIPS(nn.Module):
             difference = (_normalised(h_x) - _normalised(h_y)).square()
             distances.append((difference * self.get_buffer(f"head_{index}")).sum(1).mean((1, 2)))
         return torch.stack(distances).sum(0)
+
+    def require_size(self, height: int, width: int) -> None:
+        """Refuse, with ValueError, images of too few pixels for VGG16."""
+        if min(height, width) < _SMALLEST_IMAGE:
+            raise ValueError(
+                f"images are {height} x {width}, too small for VGG16; allowed are {_SMALLEST_IMAGE} x "
+                f"{_SMALLEST_IMAGE} and more; change `image_size`, or do without `perceptual`"
+            )
 
 
 def cached_backbone() -> Path:

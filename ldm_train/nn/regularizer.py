@@ -80,8 +80,12 @@ class Regularizer(nn.Module, ABC):
         """
 
     @abstractmethod
+    def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """A draw from the posterior, for stage 2 to learn; the mode where nothing is drawn: (B, C, h, w)."""
+
+    @abstractmethod
     def mode(self, moments: Tensor) -> Tensor:
-        """The likeliest latents, which stage 2 learns to generate: (B, C, h, w)."""
+        """The likeliest latents: (B, C, h, w)."""
 
     @abstractmethod
     def variance(self, moments: Tensor) -> Tensor:
@@ -146,11 +150,14 @@ class KLRegularizer(Regularizer):
             Latents, the weighted KL divergence of each example, and the mean divergence of an example under `kl`.
         """
         mean, log_variance = self._split(moments)
-        z = mean
-        if noise is not None and self.posterior == "sample":
-            z = mean + torch.exp(0.5 * log_variance) * noise
+        z = mean if noise is None or self.posterior == "mean" else self.draw(moments, noise)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance)
         return Regularized(z, self.reduced(kl), self.reduction, {"kl": kl.detach().flatten(1).sum(1).mean()})
+
+    def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Mean + std noise, whatever the decoder is trained on: (B, C, h, w)."""
+        mean, log_variance = self._split(moments)
+        return mean + torch.exp(0.5 * log_variance) * noise
 
     def mode(self, moments: Tensor) -> Tensor:
         """The posterior mean: (B, C, h, w)."""

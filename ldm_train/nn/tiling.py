@@ -71,9 +71,7 @@ def tiles(length: int, size: int, overlap: int, out_cell: int = 1) -> list[Tile]
     steps = -(-(length - size) // (size - overlap))
     starts = [i * (length - size) // steps for i in range(steps + 1)]
     weights = torch.zeros(len(starts), length * out_cell, dtype=torch.float64)
-    centre = (
-        torch.arange(size * out_cell, dtype=torch.float64) + 0.5
-    ) / out_cell  # of each pixel, from the tile's edge
+    centre = (torch.arange(size * out_cell, dtype=torch.float64) + 0.5) / out_cell  # of a pixel, in cells from the edge
     for i, start in enumerate(starts):
         ramp = torch.ones_like(centre)
         if i > 0:

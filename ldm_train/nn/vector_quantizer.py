@@ -43,6 +43,7 @@ from ldm_train.nn.regularizer import Reduction, Regularized, Regularizer
 
 _K_MEANS_ITERATIONS = 10
 _NEVER = 2**62  # forwards since the last use of a code that was never used
+_LARGEST_SCALE = 10.0  # of the rotation trick: a latent near zero would have the step to itself
 _EMPTY = 1e-12  # the average count below which a code has no latents to follow
 _CHOICES = {
     "update": ("loss", "ema"),
@@ -130,10 +131,9 @@ class VectorQuantizer(Regularizer):
             noise: (B, C, h, w) decides which latents codes are placed at; `None`: the codebook stays as it is.
 
         Returns:
-            Codes as latents, with their indices; the weighted loss of each example; to log `codebook_perplexity` (of
-            this batch: over all ranks in a training forward, else this rank's), `codebook_usage` (share of the codes
-            taken within the last `usage_window` training forwards) and `commitment` (mean squared distance from
-            latents to codes).
+            Codes as latents, with their indices; the weighted loss of each example; to log `commitment` (mean squared
+            distance from latents to codes) and, of training forwards, `codebook_perplexity` (of this batch, over all
+            ranks) and `codebook_usage` (share of the codes taken within the last `usage_window` training forwards).
         """
         z = self.mode(moments)  # (B, C, h, w)
         training = self.training and noise is not None
@@ -142,19 +142,14 @@ class VectorQuantizer(Regularizer):
             self._place_codes(_rows(z), noise)
         indices = self.indices(z)  # (B, h, w)
         code = self.codes(indices)  # (B, C, h, w)
-        if training:
-            counts = self._learn(_rows(z), indices.flatten())
-        else:
-            counts = code_counts(indices.flatten(), self.codebook_size)
         distance = (z - code.detach()).square()
         loss = self.commitment_weight * distance
         if self.update == "loss":
             loss = loss + (z.detach() - code).square()
-        log = {
-            "codebook_perplexity": perplexity(counts).float(),
-            "codebook_usage": (self.idle < self.usage_window).float().mean(),
-            "commitment": distance.detach().mean(),
-        }
+        log = {"commitment": distance.detach().mean()}
+        if training:
+            log["codebook_perplexity"] = perplexity(self._learn(_rows(z), indices.flatten())).float()
+            log["codebook_usage"] = (self.idle < self.usage_window).float().mean()
         path = _rotated(z, code.detach()) if self.gradient == "rotation" else z
         # The decoder reads codes to the last bit; the gradient takes the path.
         quantised = code.detach() + (path - path.detach())
@@ -168,6 +163,10 @@ class VectorQuantizer(Regularizer):
                 "change `autoencoder.regularizer.latent_channels` to `autoencoder.latent_channels`"
             )
         return self._on_domain(moments.float())
+
+    def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """The latents before quantisation: nothing is drawn."""
+        return self.mode(moments)
 
     def variance(self, moments: Tensor) -> Tensor:
         """Zeros, for nothing is drawn: (B, C, h, w)."""
@@ -184,8 +183,7 @@ class VectorQuantizer(Regularizer):
 
     def codes(self, indices: Tensor) -> Tensor:
         """Codes (B, h, w) by number to latents (B, C, h, w), with a gradient to the codebook if the loss moves it."""
-        table = self.codebook if self.update == "loss" else self.codebook.detach()
-        return self._on_domain(F.embedding(indices, table.float()).movedim(-1, 1))
+        return self._on_domain(F.embedding(indices, self.codebook.float()).movedim(-1, 1))
 
     @torch.no_grad()
     def set_codebook(self, codes: Tensor) -> None:
@@ -278,5 +276,6 @@ def _rotated(z: Tensor, code: Tensor) -> Tensor:
         u, v = F.normalize(z, dim=1), F.normalize(code, dim=1)
         r = F.normalize(u + v, dim=1)
         scale = code.norm(dim=1, keepdim=True) / z.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        scale = scale.clamp(max=_LARGEST_SCALE)
     rotated = z - 2 * r * (r * z).sum(dim=1, keepdim=True) + 2 * v * (u * z).sum(dim=1, keepdim=True)
     return scale * rotated

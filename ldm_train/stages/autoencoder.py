@@ -9,6 +9,7 @@ accumulation, clipping (each group by its own norm), precision and DDP work as i
 discriminator waits for its start it has no gradients, and the optimizer leaves it and its moments alone.
 """
 
+import logging
 from typing import Any, Literal
 
 import lightning as L
@@ -23,12 +24,13 @@ from ldm_train.batch import ImageTextBatch
 from ldm_train.checkpoint import check_digest, digest, drop_prefixes, strict_load
 from ldm_train.distributed import world_size
 from ldm_train.metrics import CodebookUsage, LatentStatistics
-from ldm_train.nn import Autoencoder, AutoencoderLoss, Clock
+from ldm_train.nn import Autoencoder, AutoencoderLoss, Clock, PatchDiscriminator
 from ldm_train.randomness import Stream, normal
 from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory, clip_groups, optimizers, trainable
 
 _RANGE = (-1.0, 1.0)
 _PERCEPTUAL = "loss.perceptual."
+_log = logging.getLogger(__name__)
 
 
 class AutoencoderStage(L.LightningModule):
@@ -40,9 +42,12 @@ class AutoencoderStage(L.LightningModule):
         optimizer: parameters -> optimizer.
         lr_scheduler: optimizer -> learning rate curve, or `None`.
         seed: the run's seed, keys the posterior's noise.
+        image_size: height and width of the images, pixels.
         trains: `all`, or the `decoder` alone: latents, and what was trained on them, stay valid then.
         discriminator_lr: learning rate of the discriminator; `None` for the autoencoder's.
     """
+
+    not_averaged = ("loss.",)
 
     def __init__(
         self,
@@ -51,22 +56,24 @@ class AutoencoderStage(L.LightningModule):
         optimizer: OptimizerFactory,
         lr_scheduler: SchedulerFactory | None,
         seed: int,
+        image_size: int,
         trains: Literal["all", "decoder"] = "all",
         discriminator_lr: float | None = None,
     ) -> None:
         super().__init__()
-        if trains not in ("all", "decoder"):
-            raise ValueError(f"trains is {trains!r}; allowed are all and decoder; change `stage.trains`")
+        _check(autoencoder, loss, image_size, trains, discriminator_lr)
         self.autoencoder = autoencoder
         self.loss = loss
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.seed = seed
+        self.image_size = image_size
         self.trains = trains
         self.discriminator_lr = discriminator_lr
         encoding = [autoencoder.encoder, autoencoder.to_moments, autoencoder.regularizer]
         self._frozen: list[nn.Module] = encoding if trains == "decoder" else []
-        self._perceptual_digest = None if loss.perceptual is None else digest(loss.perceptual)
+        measured = loss.perceptual is not None and loss.perceptual.weight
+        self._perceptual_digest = digest(loss.perceptual) if loss.perceptual is not None and measured else None
         for part in self._frozen:
             part.requires_grad_(False).eval()
         # PSNR is the mean over images of each image's own value; both metrics take images in [-1, 1].
@@ -115,12 +122,28 @@ class AutoencoderStage(L.LightningModule):
         """Log what is known about the latents: mean, standard deviation and divergence of each channel."""
         for name, values in self.latent_statistics.compute()._asdict().items():
             for channel, value in enumerate([] if values is None else values.float().reshape(-1)):
-                self.log(f"val/latent_{name}/{channel:02d}", value)
+                # Of all ranks already; saying so spares Lightning's warning.
+                self.log(f"val/latent_{name}/{channel:02d}", value, sync_dist=True)
         self.latent_statistics.reset()
         if self.codebook is not None:
             for name, value in self.codebook.compute()._asdict().items():
-                self.log(f"val/codebook_{name}", value.float())
+                self.log(f"val/codebook_{name}", value.float(), sync_dist=True)
             self.codebook.reset()
+
+    def on_fit_start(self) -> None:
+        """Say aloud that a discriminator will never begin."""
+        adversarial, steps = self.loss.adversarial, self.trainer.max_steps
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if adversarial is None or data is None or steps < 0:
+            return
+        images = steps * data.global_batch_size * self.trainer.accumulate_grad_batches
+        if not adversarial.reaches_generator(Clock(steps, images)):
+            _log.warning(
+                "the discriminator begins at %d and reaches the autoencoder at %d %s; this run ends before, after "
+                "%d steps (%d images), and is trained without it; change `adversarial.start`, `adversarial.warmup` or "
+                "`trainer.max_steps`",
+                *(adversarial.start, adversarial.start + adversarial.warmup, adversarial.unit, steps, images),
+            )
 
     @torch.no_grad()
     def latent_moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,8 +183,8 @@ class AutoencoderStage(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other parameters, or one trained with another perceptual backbone."""
-        if self._perceptual_digest is not None:
-            found = checkpoint.get("frozen", {}).get("perceptual")
+        found = checkpoint.get("frozen", {}).get("perceptual")
+        if self._perceptual_digest is not None and found is not None:
             check_digest("perceptual backbone", self._perceptual_digest, found, "perceptual.backbone")
         strict_load(self, checkpoint["state_dict"], allowed_missing=(_PERCEPTUAL,))
         self._images_seen = checkpoint.get("images_seen", 0)
@@ -184,17 +207,21 @@ class AutoencoderStage(L.LightningModule):
             parts["perceptual"] = self.loss.perceptual
         return parts
 
-    def facts(self, image_size: int) -> dict[str, object]:
-        """What the start-up summary tells besides sizes: the regularizer's weight under both reductions."""
-        regularizer, channels = self.autoencoder.regularizer, self.autoencoder.latent_channels
-        pixels = 3 * image_size**2
-        latents = channels * (image_size // self.autoencoder.downsampling_factor) ** 2
+    def facts(self) -> dict[str, object]:
+        """What the start-up summary tells besides sizes: the regularizer's weight under both reductions, the phases."""
+        regularizer, adversarial = self.autoencoder.regularizer, self.loss.adversarial
+        pixels = self.autoencoder.in_channels * self.image_size**2
+        latents = self.autoencoder.latent_channels * (self.image_size // self.autoencoder.downsampling_factor) ** 2
         other = "mean" if regularizer.reduction == "sum" else "sum"
-        return {
+        facts: dict[str, object] = {
             "regularizer": f"{type(regularizer).__name__}, weight {regularizer.weight:.4g} with reduction "
             f"{regularizer.reduction}, which is {regularizer.equivalent_weight(pixels, latents):.4g} with {other} "
             f"({pixels:,} pixel values, {latents:,} latents an image)"
         }
+        if adversarial is not None:
+            begins, reaches = adversarial.start, adversarial.start + adversarial.warmup
+            facts["discriminator"] = f"learns from {begins:,} {adversarial.unit}, reaches the decoder from {reaches:,}"
+        return facts
 
     def _advanced_clock(self, image: Tensor) -> Clock:
         # All batches that are accumulated into one step see one clock.
@@ -208,3 +235,32 @@ class AutoencoderStage(L.LightningModule):
         factor = self.autoencoder.downsampling_factor
         shape = (self.autoencoder.latent_channels, height // factor, width // factor)
         return normal(self.seed, batch["epoch"], batch["sample_id"], Stream.POSTERIOR, shape)
+
+
+def _check(
+    autoencoder: Autoencoder, loss: AutoencoderLoss, image_size: int, trains: str, discriminator_lr: float | None
+) -> None:
+    """Refuse, with ValueError, what would fail only after many steps, or never and be wrong."""
+    factor = autoencoder.downsampling_factor
+    if image_size % factor:
+        raise ValueError(
+            f"images are {image_size} x {image_size}; allowed are multiples of {factor}, the autoencoder's "
+            "downsampling factor f; change `image_size`, or choose another `autoencoder`"
+        )
+    if loss.adversarial is not None and isinstance(loss.adversarial.discriminator, PatchDiscriminator):
+        loss.adversarial.discriminator.require_size(image_size, image_size)
+    if loss.perceptual is not None and loss.perceptual.weight:
+        loss.perceptual.require_size(image_size, image_size)
+    if trains not in ("all", "decoder"):
+        raise ValueError(f"trains is {trains!r}; allowed are all and decoder; change `stage.trains`")
+    if trains == "decoder" and not autoencoder.is_calibrated:
+        raise ValueError(
+            "the decoder alone is to be trained, of an autoencoder whose latents were never measured; allowed is a "
+            "finished one: of stage 1, or made by tools/convert.py or tools/calibrate_latents.py; set "
+            "`stage.autoencoder.checkpoint` to it, or `stage.trains=all`"
+        )
+    if discriminator_lr is not None and discriminator_lr <= 0:
+        raise ValueError(
+            f"discriminator_lr is {discriminator_lr}; allowed are numbers above 0, and null for the autoencoder's; "
+            "change `stage.discriminator_lr`"
+        )

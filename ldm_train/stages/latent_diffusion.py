@@ -105,7 +105,7 @@ class LatentDiffusion(L.LightningModule):
         if self.posterior == "mode":
             return self.autoencoder.normalise(regularizer.mode(moments)).float()
         noise = self._keyed_normal(batch, batch["epoch"], batch["sample_id"], Stream.POSTERIOR)
-        return self.autoencoder.normalise(regularizer(moments, noise).z).float()
+        return self.autoencoder.normalise(regularizer.draw(moments, noise)).float()
 
     @torch.no_grad()
     def generate(self, batch: ImageTextBatch, seeds: Tensor) -> Tensor:

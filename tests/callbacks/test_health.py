@@ -1,5 +1,3 @@
-import logging
-
 import pytest
 import torch
 
@@ -62,6 +60,15 @@ def test_each_illness_is_told_with_figure_cause_and_key(health, caplog, figures,
     assert about[0].startswith("step 3: ")
     assert cause in about[0]
     assert all(f"`{key}" in about[0] for key in keys)
+
+
+def test_a_cap_that_float32_rounds_down_is_still_the_cap(health, caplog):
+    cap = 0.7
+    figure = float(torch.tensor(1e9).clamp(max=cap))
+    assert figure < cap
+    for step in range(health.patience):
+        health.judge(step, {"adaptive_weight": figure}, cap)
+    assert "its cap" in caplog.text
 
 
 @pytest.mark.parametrize("missing", [{"logits_fake"}, {"codebook_usage"}, {"latent_std"}, set(HEALTHY)])
@@ -170,14 +177,15 @@ def test_without_a_discriminator_there_is_no_cap(tmp_path, caplog):
 
 
 def test_other_ranks_are_silent(tmp_path, monkeypatch, caplog):
-    health = AutoencoderHealth(warmup_steps=0, patience=1)
-    trainer = trainer_of(tmp_path, [health])
-    monkeypatch.setattr(type(trainer), "is_global_zero", False)
+    trainer = trainer_of(tmp_path, [])
     monkeypatch.setattr(type(trainer), "global_step", 2)
-    health.on_train_batch_end(trainer, Ill(None), None, None, 0)
-    assert health.state_dict()["first_latent_std"] is None
-    assert logging.getLogger("ldm_train.callbacks.health").isEnabledFor(logging.WARNING)
-    assert _warnings(caplog) == []
+    monkeypatch.setattr(type(trainer), "callback_metrics", {"train/latent_std": torch.tensor(100.0)})
+    told = []
+    for first in (True, False):
+        monkeypatch.setattr(type(trainer), "is_global_zero", first)
+        AutoencoderHealth(warmup_steps=0, patience=1).on_train_batch_end(trainer, Ill(None), None, None, 0)
+        told.append(len(_warnings(caplog)))
+    assert told == [1, 1]
 
 
 def test_the_state_is_in_the_checkpoint(tmp_path):

@@ -135,6 +135,9 @@ def test_a_config_without_factor_means_the_published_one(kind, factor):
         ({"down_block_types": ["KDownBlock2D"] * 3}, "`down_block_types` of config.json is KDownBlock2D"),
         ({"up_block_types": ["AttnUpDecoderBlock2D"] * 3}, "`up_block_types` of config.json is"),
         ({"block_out_channels": [32, 48, 64]}, r"`block_out_channels` of config.json is \[32, 48, 64\]"),
+        ({"block_out_channels": []}, r"`block_out_channels` of config.json is \[\]"),
+        ({"block_out_channels": 32}, "`block_out_channels` of config.json is 32"),
+        ({"down_block_types": None}, "`down_block_types` of config.json is None"),
         ({"act_fn": "gelu"}, "`act_fn` of config.json is gelu"),
         ({"norm_type": "spatial"}, "`norm_type` of config.json is spatial"),
         ({"out_channels": 6}, "`out_channels` of config.json is 6"),
@@ -145,6 +148,11 @@ def test_what_an_autoencoder_cannot_be_is_refused(change, message):
     config, _ = export_diffusers(SMALL, random_autoencoder(SMALL).state_dict())
     with pytest.raises(ValueError, match=rf"{message}.*; name another SOURCE"):
         architecture_of(config | change)
+
+
+def test_a_file_that_is_no_config_is_refused():
+    with pytest.raises(ValueError, match=r"config.json holds list; allowed is .*; name another SOURCE"):
+        architecture_of([])
 
 
 def test_a_config_that_says_too_little_is_refused():

@@ -62,7 +62,8 @@ def test_missing_inception_weights_name_the_file_the_page_and_the_key(tmp_path):
         str(tmp_path / "inception.pth"),
         "weights-inception-2015-12-05-6726825d.pth",
         "https://github.com/toshas/torch-fidelity/releases",
-        "callbacks.samples.extractor.inception_weights",
+        "`inception_weights`",
+        "`callbacks.samples.extractor` or `callbacks.reconstruction_distance.extractor`",
     ):
         assert part in str(error.value)
 

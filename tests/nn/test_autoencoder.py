@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
@@ -5,6 +7,7 @@ from torch import nn
 from ldm_train.checkpoint import strict_load
 from ldm_train.nn import Autoencoder, KLRegularizer
 from ldm_train.nn.attention import SpatialSelfAttention
+from ldm_train.nn.resnet import ResidualBlock
 
 SMALL = {"latent_channels": 3, "channels": 16, "channel_multipliers": (1, 2, 2), "num_res_blocks": 1, "norm_groups": 8}
 
@@ -138,6 +141,18 @@ def _gradients(model, image):
         loss = reconstruction.square().mean() + regularized.loss.mean()
     loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}, saved
+
+
+def test_the_levels_named_run_twice_and_the_middle_with_the_coarsest(image):
+    model = Autoencoder(KLRegularizer(), **SMALL, checkpoint_factors=(2, 4))
+    runs = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, ResidualBlock):
+            module.register_forward_pre_hook(lambda *_, name=name: runs.update([name]))
+    model(image)[0].sum().backward()
+    fine = ("encoder.down.0", "decoder.up.2")  # factor 1; the decoder begins with the coarsest
+    assert dict(runs) == {name: 1 if name.startswith(fine) else 2 for name in runs}
+    assert any(name.startswith(fine) for name in runs)
 
 
 def test_recomputed_levels_have_equal_gradients_and_keep_less(autoencoder, image):

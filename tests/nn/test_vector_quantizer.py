@@ -1,9 +1,6 @@
 import pytest
 import torch
-import torch.multiprocessing as mp
-from torch import nn
 from torch.nn.functional import normalize
-from torch.nn.parallel import DistributedDataParallel
 
 from ldm_train.nn import VectorQuantizer
 from ldm_train.nn.codebook import perplexity
@@ -57,9 +54,8 @@ class TestQuantisation:
         assert torch.equal(quantizer.indices(quantizer.codes(indices)), indices)
 
     def test_the_mode_is_not_quantised_and_has_no_variance(self, z):
-        quantizer = _quantizer()
-        assert torch.equal(quantizer.mode(z), z)
-        assert torch.equal(quantizer.variance(z), torch.zeros_like(z))
+        assert torch.equal(_quantizer().mode(z), z)
+        assert torch.equal(_quantizer().variance(z), torch.zeros_like(z))
 
     def test_cosine_distance_knows_directions_only(self, z):
         quantizer = _quantizer(distance="cosine")
@@ -142,14 +138,14 @@ class TestGradient:
         result = _quantizer(gradient="rotation")(z, None)
         (result.z.sum() + result.loss.sum()).backward()
         assert result.z.any()
-        assert torch.isfinite(z.grad).all()
+        assert z.grad.abs().max() <= 10 * 3**0.5 + 1, "ten times what the straight path gives, and the commitment"
 
-    def test_the_decoder_does_not_move_the_codes(self, z):
-        for gradient in ("straight_through", "rotation"):
-            quantizer = _quantizer(gradient=gradient)
-            assert not torch.autograd.grad(
-                quantizer(z.requires_grad_(), None).z.sum(), quantizer.codebook, allow_unused=True
-            )[0]
+    @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+    def test_the_decoder_does_not_move_the_codes(self, z, gradient):
+        quantizer = _quantizer(gradient=gradient)
+        quantizer(z.requires_grad_(), None).z.sum().backward()
+        assert z.grad.any()
+        assert quantizer.codebook.grad is None
 
 
 class TestMovingAverages:
@@ -242,6 +238,15 @@ class TestRestart:
         if update == "loss":
             assert torch.equal(quantizer.codebook[:2], alive)
 
+    def test_a_restarted_code_weighs_one_latent(self, z, noise):
+        """Whatever its averages were: N = 1 and m = e before the step that placed it."""
+        quantizer = self._with_one_dead_code(update="ema", ema_decay=0.5)
+        for _ in range(5):
+            indices = quantizer(z, noise).indices.flatten()
+        rows, placed = _rows(z), _rows(z)[noise.double().sum(1).flatten().argmax()]
+        taken = rows[indices == 2]
+        torch.testing.assert_close(quantizer.codebook[2].detach(), (placed + taken.sum(0)) / (1 + len(taken)))
+
     def test_a_restarted_code_gets_its_time(self, z, noise):
         quantizer = self._with_one_dead_code()
         for _ in range(5):
@@ -281,15 +286,22 @@ class TestRecord:
 
         assert [usage(0), usage(1), usage(1), usage(2, 3), usage(0)] == [0.25, 0.5, 0.25, 0.75, 0.75]
 
-    def test_a_restart_is_not_a_use(self, z, noise):
-        """Else a collapsed codebook whose codes are restarted in vain would look healthy."""
-        quantizer = _quantizer(restart_after=1, usage_window=3)
-        collapsed = torch.zeros_like(z)
-        usage = [float(quantizer(collapsed, noise).log["codebook_usage"]) for _ in range(12)]
-        assert max(usage[4:]) <= 2 / 16
+    def test_only_training_forwards_tell_of_the_codebook(self, z, noise):
+        """A frozen one has counters that stand still: a figure of them would be an alarm without a cause."""
+        assert VectorQuantizer(16, 3)(z, noise).log.keys() >= {"codebook_usage", "codebook_perplexity"}
+        assert VectorQuantizer(16, 3).eval()(z, noise).log.keys() == {"commitment"}
+        assert VectorQuantizer(16, 3)(z, None).log.keys() == {"commitment"}
 
-    def test_perplexity_is_that_of_the_batch(self, z):
-        result = _quantizer()(z, None)
+    def test_a_restart_is_not_a_use(self, z, noise):
+        """Else a codebook whose codes are restarted in vain would look healthy."""
+        quantizer = _quantizer(restart_after=1, usage_window=3)
+        # The latents run away from every code that was placed at them.
+        results = [quantizer(z + 1000 * step, noise) for step in range(8)]
+        assert max(result.indices.unique().numel() for result in results[3:]) > 8
+        assert all(result.log["codebook_usage"] <= 4 / 16 for result in results[3:])
+
+    def test_perplexity_is_that_of_the_batch(self, z, noise):
+        result = _quantizer()(z, noise)
         counts = result.indices.flatten().bincount()
         torch.testing.assert_close(result.log["codebook_perplexity"], perplexity(counts).float())
 
@@ -300,6 +312,14 @@ class TestRecord:
         for _ in range(3):
             quantizer.train(mode == "no noise")(z, None if mode == "no noise" else noise)
         torch.testing.assert_close(quantizer.state_dict(), before, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("update", ["loss", "ema"])
+    def test_no_training_forward_waits_for_the_device(self, z, noise, update):
+        """On the meta device there are no values to wait for: reading one is an error."""
+        quantizer = _quantizer(update=update, restart_after=1, gradient="rotation", distance="cosine")
+        quantizer(z, noise)  # reads once that the codebook is initialised
+        result = quantizer.to("meta")(z.to("meta"), noise.to("meta"))
+        assert result.z.shape == z.shape
 
     def test_a_resumed_quantizer_continues_bit_for_bit(self, z, noise):
         options = {"update": "ema", "initialisation": "k_means", "restart_after": 2}
@@ -336,53 +356,3 @@ def test_bad_options_are_refused(options, message):
 def test_latents_of_other_channels_are_refused():
     with pytest.raises(ValueError, match=r"4 channels; allowed are 3, .*`autoencoder\.regularizer\.latent_channels`"):
         _quantizer()(torch.zeros(1, 4, 2, 2), None)
-
-
-RECIPES = {
-    "loss": {"restart_after": 2},
-    "ema": {"update": "ema", "ema_decay": 0.9, "initialisation": "k_means", "restart_after": 2},
-    "cosine": {"distance": "cosine", "initialisation": "k_means", "gradient": "rotation", "restart_after": 2},
-}
-STEPS = 6
-
-
-class _Encoder(nn.Module):
-    """One layer before the quantizer, so that gradients reach weights through the codes."""
-
-    def __init__(self, **options):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Conv2d(3, 3, 1)
-        self.quantizer = _quantizer(codebook_size=24, usage_window=2, **options)
-
-    def forward(self, x, noise):
-        return self.quantizer(self.layer(x), noise)
-
-
-def _trained(options, rank, world):
-    """State, gradients of the last step and log after some steps on a part of the images."""
-    module = _Encoder(**options)
-    forward = DistributedDataParallel(module) if world > 1 else module
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
-    for step in range(STEPS):
-        x, noise = (_normal(6, 3, 2, 3, seed=seed + step)[rank::world] for seed in (10, 100))
-        result = forward(x, noise)
-        optimizer.zero_grad()
-        (result.z.square().mean() + result.loss.mean()).backward()
-        optimizer.step()
-    log = {name: value for name, value in result.log.items() if name != "commitment"}  # that of the rank's own images
-    return module.state_dict(), {n: p.grad for n, p in module.named_parameters()}, log
-
-
-def _one_rank(rank, init_file, world):
-    expected = {name: _trained(options, 0, 1) for name, options in RECIPES.items()}  # there is no group yet
-    torch.distributed.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world)
-    for name, options in RECIPES.items():
-        torch.testing.assert_close(_trained(options, rank, world), expected[name], rtol=1e-5, atol=1e-6)
-        assert int((expected[name][0]["quantizer.age"] < STEPS - 1).sum()) > 0, "no code was restarted"
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.distributed
-def test_two_ranks_with_half_the_images_each_equal_one_process(tmp_path):
-    mp.spawn(_one_rank, args=(tmp_path / "rendezvous", 2), nprocs=2)

@@ -53,10 +53,10 @@ def quantizer(**changes):
     return VectorQuantizer(**({"codebook_size": 16, "latent_channels": 4} | changes))
 
 
-def autoencoder_stage(regularizer=None, adversary=None, **changes):
+def autoencoder_stage(regularizer=None, adversary=None, calibrated=False, **changes):
     loss = AutoencoderLoss(adversarial=adversary)
-    arguments = {"optimizer": optimizer(), "lr_scheduler": None, "seed": 0} | changes
-    return AutoencoderStage(autoencoder(False, regularizer), loss, **arguments)
+    arguments = {"optimizer": optimizer(), "lr_scheduler": None, "seed": 0, "image_size": 16} | changes
+    return AutoencoderStage(autoencoder(calibrated, regularizer), loss, **arguments)
 
 
 def diffusion_parts():
