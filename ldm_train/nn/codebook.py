@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm_train.distributed import all_gather_cat, all_reduce_sum
 
 _LARGEST_BLOCK = 2**24  # distances held at a time: 64 MB
+_FEW_CHANNELS = 16  # up to which distances are summed channel by channel
 
 
 @torch.no_grad()
@@ -32,9 +33,20 @@ def nearest_codes(z: Tensor, codes: Tensor) -> Tensor:
         (N,) int64; the memory for it does not grow with N K.
     """
     rows = max(1, _LARGEST_BLOCK // len(codes))
-    # Written as a matrix product, |z - e|^2 cancels, loses digits to TF32, and depends on how many latents it is for.
-    exact = "donot_use_mm_for_euclid_dist"
-    return torch.cat([torch.cdist(part, codes, compute_mode=exact).argmin(dim=1) for part in z.split(rows)])
+    return torch.cat([_distances(part, codes).argmin(dim=1) for part in z.split(rows)])
+
+
+def _distances(z: Tensor, codes: Tensor) -> Tensor:
+    """Of each latent (N, C) to each code (K, C), squared or not: (N, K) float32."""
+    if z.shape[1] > _FEW_CHANNELS:
+        return torch.cdist(z, codes)
+    # A matrix product would do it in one call, but there |z - e|^2 cancels, loses digits to TF32, and depends on how
+    # many latents it is for. `cdist` without one is slow on a GPU, where it starts a block for each pair.
+    distances = (z[:, :1] - codes[:, 0]).square_()
+    for channel in range(1, z.shape[1]):
+        difference = z[:, channel : channel + 1] - codes[:, channel]
+        distances.addcmul_(difference, difference)
+    return distances
 
 
 def code_counts(indices: Tensor, codebook_size: int) -> Tensor:
