@@ -139,11 +139,19 @@ def unknown_keys(cfg: DictConfig) -> list[str]:
 
 def explain_override(error: BaseException | None) -> str | None:
     """What is allowed in place of a key of the command line that Hydra did not find; `None` for all other errors."""
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        return (
+            "a group is set to null; allowed are the names of its options: `perceptual=none`, `adversarial=none`; "
+            "leave another group out by `~group`"
+        )
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) else None
     if not isinstance(cause, ConfigKeyError | ConfigAttributeError) or cause.parent_node is None:
         return None
     path, _, key = str(cause.full_key).rpartition(".")
     allowed, owner = [str(name) for name in cause.parent_node], f"the node `{path}`" if path else "the config"
+    if not allowed and (conf_dir() / path).is_dir():
+        options = sorted(file.stem for file in (conf_dir() / path).glob("*.yaml") if file.stem != "none")
+        return f"`{path}` has no keys while none of its options is chosen; allowed are `{path}={'|'.join(options)}`"
     if not allowed:
         return f"`{path}` has no keys of its own; if it stands for another node (`${{...}}`), change that one's"
     if "_target_" in allowed:

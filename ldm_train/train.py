@@ -5,6 +5,8 @@ import logging
 import os
 import platform
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,8 @@ def train(cfg: DictConfig) -> float | None:
     run_dir.mkdir(parents=True, exist_ok=True)
     config = plain(cfg)
     run = build(cfg, callbacks=(RunRecord(config),))
+    with _refusals():
+        _ = run.data.train_index, run.data.val_index  # type: ignore[attr-defined]  # finds the shards, or does not
     try:
         if cfg.task == "validate" and checkpoint is not None:
             _validate(run, checkpoint)
@@ -122,9 +126,19 @@ def _refuse_another_recipe(trained: dict[str, Any], asked: dict[str, Any], check
         )
 
 
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What our own code refuses before the first step is the config's fault, and no failure to trace."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+
+
 def _fit(run: Run, checkpoint: Path | None, config: dict[str, Any]) -> None:
     if checkpoint is not None:
-        content = read_checkpoint(checkpoint)
+        with _refusals():
+            content = read_checkpoint(checkpoint)
         step = content["global_step"]
         if "config" not in content:
             raise ConfigError(not_of_a_run(checkpoint))
@@ -136,8 +150,9 @@ def _fit(run: Run, checkpoint: Path | None, config: dict[str, Any]) -> None:
 
 
 def _validate(run: Run, checkpoint: Path) -> None:
-    content = read_checkpoint(checkpoint)
-    load_weights(run.stage, content)
+    with _refusals():
+        content = read_checkpoint(checkpoint)
+        load_weights(run.stage, content)
     for callback in run.trainer.callbacks:  # type: ignore[attr-defined]
         callback.on_load_checkpoint(run.trainer, run.stage, content)
     _log.info("Validating the weights of step %d of %s", content["global_step"], checkpoint)

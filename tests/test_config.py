@@ -245,6 +245,18 @@ def test_an_unknown_key_of_the_command_line_is_explained(override, expected):
     assert (explanation is None) if expected is None else (expected in explanation)
 
 
+def test_a_group_set_to_null_is_explained():
+    with pytest.raises(ValueError, match="Config group override") as refused:
+        composed("experiment=demo_autoencoder", "perceptual=null")
+    assert "`perceptual=none`" in explain_override(refused.value)
+
+
+def test_a_group_that_is_off_names_its_options():
+    with pytest.raises(ConfigCompositionException) as refused:
+        composed("experiment=demo_autoencoder", "adversarial.start=3")
+    assert "allowed are `adversarial=patch|patch_small`" in explain_override(refused.value)
+
+
 def test_building_sets_no_seed_but_the_configured_one(tiny_runs):
     cfg = composed("experiment=demo", "trainer.accelerator=cpu", "logger=none", root=tiny_runs)
     torch.manual_seed(1)

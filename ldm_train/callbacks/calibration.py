@@ -22,6 +22,11 @@ class LatentCalibration(L.Callback):
     """
 
     def __init__(self, num_images: int | None = None, batch_size: int = 64) -> None:
+        for key, value in {"num_images": num_images, "batch_size": batch_size}.items():
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"{key} is {value}; allowed are whole numbers from 1; change `callbacks.calibration.{key}`"
+                )
         self.num_images = num_images
         self.batch_size = batch_size
 

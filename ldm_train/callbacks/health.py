@@ -50,7 +50,7 @@ class AutoencoderHealth(L.Callback):
         latent_std_range: Sequence[float] = (0.05, 50.0),
         max_latent_std_drift: float = 3.0,
     ) -> None:
-        _check(warmup_steps, patience, repeat_after, latent_std_range, max_latent_std_drift)
+        _check(warmup_steps, patience, repeat_after, latent_std_range, max_latent_std_drift, max_logit_gap)
         self.warmup_steps, self.patience, self.repeat_after = warmup_steps, patience, repeat_after
         self.max_logit_gap, self.min_codebook_usage = max_logit_gap, min_codebook_usage
         self.latent_std_range, self.max_latent_std_drift = tuple(latent_std_range), max_latent_std_drift
@@ -182,13 +182,14 @@ def _cap(pl_module: L.LightningModule) -> float | None:
 
 
 def _check(
-    warmup_steps: int, patience: int, repeat_after: int, latent_std_range: Sequence[float], drift: float
+    warmup_steps: int, patience: int, repeat_after: int, latent_std_range: Sequence[float], drift: float, gap: float
 ) -> None:
     for key, value, least in (
         ("warmup_steps", warmup_steps, 0),
         ("patience", patience, 1),
         ("repeat_after", repeat_after, 1),
         ("max_latent_std_drift", drift, 1.0),
+        ("max_logit_gap", gap, 0.0),
     ):
         if value < least:
             raise ValueError(f"{key} is {value}; allowed are numbers from {least}; change `callbacks.health.{key}`")

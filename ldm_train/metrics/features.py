@@ -124,7 +124,7 @@ class InceptionFeatures(FeatureExtractor):
         path = Path(weights_path)
         if not path.is_file():
             raise FileNotFoundError(
-                f"found no Inception weights at {path}. Allowed is the file {INCEPTION_FILE} (95.7 MB) from "
+                f"found no Inception weights at {path}. Allowed is the file {INCEPTION_FILE} (95.6 MB) from "
                 f"{INCEPTION_PAGE}: `python tools/fetch_weights.py inception` gets it on a machine with a network; "
                 "put it there, or change `inception_weights` (null: the extractor that needs no weights) of "
                 "`callbacks.samples.extractor` or `callbacks.reconstruction_distance.extractor`."

@@ -130,7 +130,7 @@ def _backbone_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tens
         state = torch.load(path, map_location="cpu", weights_only=True)
         weights = {name: state[f"features.{name}"] for name in expected}
         matches = all(weights[name].shape == tensor.shape for name, tensor in expected.items())
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} cannot be read ({reason}); {allowed}; {remedy}") from error
     if not matches:

@@ -55,11 +55,17 @@ class Pyramid:
     checkpoint_factors: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+        multipliers = self.channel_multipliers
+        if not multipliers or not all(isinstance(m, int) and m >= 1 for m in multipliers):
             raise ValueError(
-                f"channel_multipliers are {list(self.channel_multipliers)}; allowed is one positive number for each "
-                "level; change `autoencoder.channel_multipliers`"
+                f"channel_multipliers are {list(multipliers)}; allowed is one whole number from 1 for each level; "
+                "change `autoencoder.channel_multipliers`"
             )
+        for key in ("channels", "norm_groups"):
+            if getattr(self, key) < 1:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)}; allowed are whole numbers from 1; change `autoencoder.{key}`"
+                )
         if self.num_res_blocks < 1:
             raise ValueError(
                 f"num_res_blocks is {self.num_res_blocks}; allowed are numbers from 1; change "

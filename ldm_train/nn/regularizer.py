@@ -14,7 +14,9 @@ models, 1). `equivalent_weight` converts.
 Letters: B batch, C latent channels, h and w height and width of the latents, k moments per channel.
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -58,7 +60,7 @@ class Regularizer(nn.Module, ABC):
 
     def __init__(self, weight: float, reduction: Reduction) -> None:
         super().__init__()
-        if weight < 0:
+        if not 0 <= weight < math.inf:
             raise ValueError(
                 f"the regularizer's weight is {weight}; allowed are numbers from 0; change "
                 "`autoencoder.regularizer.weight`"
@@ -123,21 +125,20 @@ class KLRegularizer(Regularizer):
         weight: float = 1e-6,
         reduction: Reduction = "sum",
         posterior: Literal["sample", "mean"] = "sample",
-        log_variance_range: tuple[float, float] = (-30.0, 20.0),
+        log_variance_range: Sequence[float] = (-30.0, 20.0),
     ) -> None:
         super().__init__(weight, reduction)
-        lowest, highest = log_variance_range
         if posterior not in ("sample", "mean"):
             raise ValueError(
                 f"posterior is {posterior!r}; allowed are sample and mean; change `autoencoder.regularizer.posterior`"
             )
-        if lowest >= highest:
+        if len(log_variance_range) != 2 or not log_variance_range[0] < log_variance_range[1]:
             raise ValueError(
-                f"log_variance_range is {[lowest, highest]}; allowed is a lower and a higher number; change "
+                f"log_variance_range is {list(log_variance_range)}; allowed is a lower and a higher number; change "
                 "`autoencoder.regularizer.log_variance_range`"
             )
         self.posterior = posterior
-        self.log_variance_range = (lowest, highest)
+        self.log_variance_range = tuple(log_variance_range)
 
     def forward(self, moments: Tensor, noise: Tensor | None) -> Regularized:
         """Draw latents.

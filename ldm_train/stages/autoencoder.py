@@ -136,13 +136,14 @@ class AutoencoderStage(L.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if adversarial is None or data is None or steps < 0:
             return
-        images = steps * data.global_batch_size * self.trainer.accumulate_grad_batches
-        if not adversarial.reaches_generator(Clock(steps, images)):
+        images = data.global_batch_size * self.trainer.accumulate_grad_batches  # a step
+        # The last step's clock: what came before it.
+        if not adversarial.reaches_generator(Clock(steps - 1, (steps - 1) * images)):
             _log.warning(
-                "the discriminator begins at %d and reaches the autoencoder at %d %s; this run ends before, after "
-                "%d steps (%d images), and is trained without it; change `adversarial.start`, `adversarial.warmup` or "
+                "the discriminator learns from %d %s on and would reach the autoencoder at %d, but this run of %d "
+                "steps (%d images) ends before; change `adversarial.start`, `adversarial.warmup` or "
                 "`trainer.max_steps`",
-                *(adversarial.start, adversarial.start + adversarial.warmup, adversarial.unit, steps, images),
+                *(adversarial.start, adversarial.unit, adversarial.start + adversarial.warmup, steps, steps * images),
             )
 
     @torch.no_grad()

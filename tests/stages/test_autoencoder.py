@@ -170,7 +170,7 @@ def test_a_discriminator_that_never_begins_is_said_aloud(caplog):
         trainer.fit(autoencoder_stage(adversary=adversarial(**arguments)), datamodule=Data())
         return "change `adversarial.start`, `adversarial.warmup` or `trainer.max_steps`" in caplog.text
 
-    assert warned(start=1, warmup=2)
-    assert not warned(start=1, warmup=1)
-    assert warned(start=9, unit="images")
-    assert not warned(start=8, unit="images")
+    assert warned(start=1, warmup=1)
+    assert not warned(start=0, warmup=1)
+    assert warned(start=5, unit="images")
+    assert not warned(start=4, unit="images")
