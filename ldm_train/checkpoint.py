@@ -9,6 +9,8 @@ shape and refuses with the whole difference.
 import hashlib
 import os
 import pickle
+import struct
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,21 @@ from torch import Tensor, nn
 from ldm_train.nn.ema import load_average
 
 _LISTED = 8
+# What torch's reader raises for bytes that are no checkpoint depends on where they stop making sense.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+    SafetensorError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+)
 
 
 @contextmanager
@@ -53,15 +70,17 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_checkpoint(path: Path, key: str = "resume") -> dict[str, Any]:
+def read_checkpoint(path: Path, key: str = "resume", *, is_foreign: bool = False) -> dict[str, Any]:
     """Read a checkpoint without running code from it.
 
     Args:
         path: the file.
         key: the config key that named it, for errors.
+        is_foreign: it may be a file of others, so any dictionary will do, one of tensors alone as well.
 
     Returns:
-        Its dictionary, on the CPU; tensors are mapped from the file and read when used.
+        Its dictionary, on the CPU; tensors are mapped from the file and read when used, but for files of the time
+        before torch 1.6, which are no zip archives and cannot be mapped.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -73,14 +92,17 @@ def read_checkpoint(path: Path, key: str = "resume") -> dict[str, Any]:
             f"(runs/<name>/<run_id>/checkpoints/last.ckpt); train that stage first, or change `{key}`"
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, SafetensorError) as error:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except _UNREADABLE as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        instead = "fetch the file again" if is_foreign else "take `previous.ckpt` beside it"
         raise ValueError(
-            f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}); allowed are complete files of "
-            f"plain tensors and values; change `{key}`, or take `previous.ckpt` beside it"
+            f"{path} cannot be read as a checkpoint ({reason}); allowed are complete files of plain tensors and "
+            f"values; change `{key}`, or {instead}"
         ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} holds no `state_dict`; allowed is a checkpoint of one of the stages; change `{key}`")
+    if not isinstance(checkpoint, dict) or not (is_foreign or "state_dict" in checkpoint):
+        allowed = "a dictionary of tensors" if is_foreign else "a checkpoint of one of the stages"
+        raise ValueError(f"{path} holds no `state_dict`; allowed is {allowed}; change `{key}`")
     return checkpoint
 
 

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from convert import OURS, add_source_options, read, source_of, write
+from convert import OURS, SUFFIXES, add_source_options, check_target, read, source_of, write
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ldm_train.data import ImageTextDataModule
+from ldm_train.data.index import expand_shards
 from ldm_train.metrics import LatentStatistics
 from ldm_train.nn import Autoencoder
 
@@ -52,11 +53,22 @@ def calibrate(arguments: argparse.Namespace, console: Console) -> None:
 
     Raises:
         FileNotFoundError: if a file is not there.
+        OSError: if a file cannot be read, or the disk refuses the output.
         ValueError: if something cannot be used.
     """
-    if arguments.output.exists():
-        raise ValueError(f"{arguments.output} is there already; allowed is a new name; change --output or remove it")
+    if arguments.output.suffix not in SUFFIXES[OURS]:
+        raise ValueError(f"{arguments.output} is no name of a checkpoint; allowed are names in .ckpt; change --output")
+    check_target(arguments.output, "--output")
+    if folders := [path for path in expand_shards(arguments.data, "--data") if Path(path).is_dir()]:
+        raise ValueError(
+            f"{folders[0]} is a folder; allowed are shards, such as '{Path(folders[0]) / '*.tar'}'; change --data"
+        )
     autoencoder, node, _ = read(source_of(arguments, arguments.checkpoint))
+    if arguments.image_size % (factor := autoencoder.downsampling_factor):
+        raise ValueError(
+            f"the image size is {arguments.image_size}; allowed are multiples of {factor}, by which this autoencoder "
+            "divides it; change --image-size"
+        )
     data = ImageTextDataModule(arguments.data, arguments.image_size, arguments.batch, seed=0)
     found = len(data.train_index)
     if found < arguments.num_images:
@@ -94,7 +106,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="the autoencoder: anything that tools/convert.py reads")
+    help_text = "the autoencoder: anything that tools/convert.py reads"
+    add("--checkpoint", metavar="SOURCE", type=Path, required=True, help=help_text)
     add_source_options(parser)
     add("--data", required=True, action="append", help="shards: a path, a glob or a brace pattern; may be repeated")
     add("--image-size", type=positive, required=True, help="side in pixels")
@@ -112,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         calibrate(parse(argv), console)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     return 0

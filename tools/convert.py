@@ -11,6 +11,7 @@ Every tensor's name and shape is compared before anything is written; files are 
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,16 +23,18 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_train.checkpoint import atomic_write, read_checkpoint, strict_load
-from ldm_train.config import conf_dir, register
+from ldm_train.config import conf_dir, missing_keys, register, unknown_keys
 from ldm_train.interchange import (
     Imported,
     build,
+    check_targets,
     compvis,
     diffusers,
     export_compvis,
@@ -43,7 +46,8 @@ from ldm_train.interchange import (
 from ldm_train.nn import Autoencoder, VectorQuantizer
 
 OURS, COMPVIS, DIFFUSERS = "ldm_train", "compvis", "diffusers"
-FORMATS = (OURS, COMPVIS, DIFFUSERS)
+SUFFIXES = {OURS: (".ckpt",), COMPVIS: (".safetensors", ".ckpt"), DIFFUSERS: ("",)}
+"""Formats, and the suffixes of what holds them; diffusers' is a folder."""
 PREFIX = "autoencoder."
 """What our checkpoints put before the names of an autoencoder's tensors."""
 
@@ -54,7 +58,7 @@ class Source:
 
     Attributes:
         path: the file or folder.
-        format: one of `FORMATS`, or `None` to recognise it.
+        format: one of `SUFFIXES`, or `None` to recognise it.
         autoencoder: option of conf/autoencoder that describes it; `None` where it describes itself.
         overrides: changes to that option.
         scale_factor: of the published kind, for latents; `None` leaves what the file says.
@@ -122,13 +126,14 @@ def _read(source: Source) -> Imported:
             f"nothing at {path}; allowed are a .ckpt, a .safetensors and a vae/ folder of diffusers; change SOURCE"
         )
     if source.format == DIFFUSERS or (source.format is None and path.is_dir()):
-        return import_diffusers(_read_json(path / diffusers.CONFIG), _read_tensors(path / diffusers.TENSORS)[0])
+        config = _read_json(path / diffusers.CONFIG)
+        return import_diffusers(config, _read_tensors(_tensors_in(path))[0])
     if path.suffix == ".safetensors":
         tensors, metadata = _read_tensors(path)
         checkpoint: dict[str, Any] = {"state_dict": tensors, **compvis.from_metadata(metadata)}
     else:
         with torch.serialization.safe_globals(compvis.SAFE_GLOBALS):
-            checkpoint = read_checkpoint(path, "SOURCE")
+            checkpoint = read_checkpoint(path, "SOURCE", is_foreign=True)
     if source.format == OURS or (source.format is None and _is_ours(checkpoint)):
         return _from_ours(checkpoint, source)
     found = compvis.contents(checkpoint)
@@ -136,7 +141,8 @@ def _read(source: Source) -> Imported:
 
 
 def _is_ours(checkpoint: Mapping[str, Any]) -> bool:
-    return any(str(name).startswith(PREFIX) for name in checkpoint["state_dict"])
+    state = checkpoint.get("state_dict")
+    return isinstance(state, Mapping) and any(str(name).startswith(PREFIX) for name in state)
 
 
 def _from_ours(checkpoint: Mapping[str, Any], source: Source) -> Imported:
@@ -146,49 +152,78 @@ def _from_ours(checkpoint: Mapping[str, Any], source: Source) -> Imported:
             f"{source.path} holds no tensor under {PREFIX!r}; allowed is a checkpoint of stage 1 (stages 2 and 3 leave "
             "the frozen autoencoder out); change SOURCE or --from"
         )
-    average = {} if source.raw else checkpoint.get("ema", {}).get("average", {})
+    average = {} if source.raw else (checkpoint.get("ema") or {}).get("average", {})
     state = {**checkpoint["state_dict"], **average}
+    compvis.check_tensors(state)
     part = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     ignored = Counter(name.split(".")[0] for name in state if not name.startswith(PREFIX))
     # A run's checkpoint has the whole config, a converted one the node alone.
-    return Imported(_node(source, checkpoint.get("config", checkpoint)), part, dict(ignored))
+    return Imported(_node(source, checkpoint.get("config") or checkpoint), part, dict(ignored))
 
 
 def _node(source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config node that the user names, or else that the file holds."""
     if source.autoencoder is not None:
         return compose_node(source.autoencoder, source.overrides)
-    if "autoencoder" not in config:
+    if not isinstance(config, Mapping) or "autoencoder" not in config:
         raise ValueError(
             f"{source.path} does not say which architecture it has; allowed: {', '.join(options())}; choose one with "
             "--autoencoder"
         )
-    return config["autoencoder"]
+    return checked(config["autoencoder"], f"{source.path}, or describe it with --autoencoder")
 
 
 def compose_node(option: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The config node of an option of conf/autoencoder, changed by overrides.
 
     Raises:
-        ValueError: if Hydra cannot compose it.
+        ValueError: if Hydra cannot compose it, or it describes no autoencoder.
     """
+    if option not in options():
+        raise ValueError(
+            f"there is no autoencoder {option}; allowed options: {', '.join(options())}; change --autoencoder"
+        )
     register()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg = compose("config", [f"autoencoder={option}", *overrides])
-    except HydraException as error:
+        if missing := [key for key in missing_keys(cfg) if key.startswith(PREFIX)]:
+            raise ValueError(f"`{missing[0]}` has no value; allowed is any that it takes; give it one with --override")
+        node = OmegaConf.to_container(OmegaConf.select(cfg, "autoencoder"), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(
-            f"the autoencoder cannot be composed ({str(error).splitlines()[0]}); allowed options: "
-            f"{', '.join(options())}, overrides: autoencoder.<key>=<value>; change --autoencoder or --override"
+            f"the autoencoder cannot be composed ({str(error).splitlines()[0]}); allowed are overrides "
+            f"{PREFIX}KEY=VALUE of the keys in conf/autoencoder/{option}.yaml; change --override"
         ) from error
-    node = OmegaConf.to_container(cfg.autoencoder, resolve=True)
+    return checked(node, "--autoencoder or --override")
+
+
+def checked(node: object, remedy: str) -> dict[str, Any]:
+    """A config node from wherever, if its keys and types are those of an autoencoder; else a `ValueError`."""
+    check_targets(node)  # first: the check of types imports the classes that the node names
+    try:
+        mistakes = unknown_keys(OmegaConf.create({"autoencoder": node}))
+    except OmegaConfBaseException as error:
+        mistakes = [f"it is no config: {str(error).splitlines()[0]}"]
+    if mistakes:
+        raise ValueError(f"the autoencoder cannot be built: {'; '.join(mistakes)}; change {remedy}")
     assert isinstance(node, dict)
-    return {str(key): value for key, value in node.items()}
+    return node
 
 
 def options() -> list[str]:
     """The options of conf/autoencoder."""
     return sorted(path.stem for path in (conf_dir() / "autoencoder").glob("*.yaml"))
+
+
+def _tensors_in(folder: Path) -> Path:
+    """The file of a diffusers folder that holds the tensors."""
+    if found := [folder / name for name in diffusers.TENSORS_READ if (folder / name).is_file()]:
+        return found[0]
+    raise FileNotFoundError(
+        f"{folder} holds {', '.join(sorted(path.name for path in folder.iterdir()))}, so its tensors cannot be read; "
+        f"allowed: {' or '.join(diffusers.TENSORS_READ)}; fetch one of them, or change SOURCE"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -243,12 +278,12 @@ def convert(arguments: argparse.Namespace, console: Console) -> None:
 
     Raises:
         FileNotFoundError: if a file is not there.
+        OSError: if the disk refuses the target.
         ValueError: if something cannot be read, or not be written as asked.
     """
-    if arguments.target.exists():
-        raise ValueError(f"{arguments.target} is there already; allowed is a new name; change TARGET or remove it")
+    target_format = format_of(arguments.target, arguments.target_format)
+    check_target(arguments.target, "TARGET")
     autoencoder, node, ignored = read(source_of(arguments, arguments.source))
-    target_format = arguments.target_format or format_of(arguments.target)
     write(arguments.target, target_format, node, autoencoder)
     parameters = sum(parameter.numel() for parameter in autoencoder.parameters())
     console.print(f"{arguments.target}: {parameters:,} parameters as {target_format}", highlight=False, soft_wrap=True)
@@ -264,13 +299,46 @@ def convert(arguments: argparse.Namespace, console: Console) -> None:
         )
 
 
-def format_of(target: Path) -> str:
-    """The format that a target's name suggests."""
-    return {".ckpt": OURS, ".safetensors": COMPVIS}.get(target.suffix, DIFFUSERS)
+def format_of(target: Path, asked: str | None) -> str:
+    """The format that a target's name means, which is the one asked for, if any.
+
+    Raises:
+        ValueError: if the name contradicts it, or means none.
+    """
+    meant = [name for name, suffixes in SUFFIXES.items() if target.suffix in suffixes and asked in (None, name)]
+    if not meant:
+        allowed = "a name in .ckpt, one in .safetensors, or that of a folder, without a suffix"
+        if asked is not None:
+            allowed = f"for {asked}: {' or '.join(suffix or 'no suffix' for suffix in SUFFIXES[asked])}"
+        raise ValueError(f"{target} ends in {target.suffix!r}; allowed is {allowed}; change TARGET or --to")
+    return meant[0]
+
+
+def check_target(target: Path, option: str) -> None:
+    """Refuse a place where something is, or nothing can be put, with a `ValueError` that names the option."""
+    if target.exists() or target.is_symlink():
+        raise ValueError(f"{target} is there already; allowed is a new name; change {option} or remove it")
+    parent = next(path for path in target.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        found = "cannot be written to" if parent.is_dir() else "is no folder"
+        raise ValueError(f"{parent} {found}; allowed is a folder that you may write to; change {option}")
 
 
 def source_of(arguments: argparse.Namespace, path: Path) -> Source:
-    """What the command line says of a source."""
+    """What the command line says of a source.
+
+    Raises:
+        ValueError: if there are overrides of nothing.
+    """
+    if arguments.override and arguments.autoencoder is None:
+        raise ValueError(
+            f"--override {arguments.override[0]} changes an option of conf/autoencoder, and none is named; allowed: "
+            f"{', '.join(options())}; add --autoencoder, or leave --override out"
+        )
+    if strangers := [text for text in arguments.override if not text.lstrip("+~").startswith(PREFIX)]:
+        raise ValueError(
+            f"--override {strangers[0]} is no part of the autoencoder; allowed are {PREFIX}KEY=VALUE; change --override"
+        )
     return Source(
         path,
         arguments.source_format,
@@ -289,7 +357,7 @@ def warn(console: Console, text: str) -> None:
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """The options of `Source`."""
     add = parser.add_argument
-    add("--from", dest="source_format", choices=FORMATS, help="format of the source (default: recognised)")
+    add("--from", dest="source_format", choices=SUFFIXES, help="format of the source (default: recognised)")
     add(
         "--autoencoder",
         metavar="OPTION",
@@ -308,8 +376,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a .ckpt, a .safetensors, or a folder of diffusers")
     parser.add_argument("target", metavar="TARGET", type=Path, help="a file or folder that is not there yet")
     add_source_options(parser)
-    help_text = "format of TARGET (default: .ckpt ldm_train, .safetensors compvis, else diffusers)"
-    parser.add_argument("--to", dest="target_format", choices=FORMATS, help=help_text)
+    help_text = "format of TARGET (default: .ckpt ldm_train, .safetensors compvis, no suffix diffusers)"
+    parser.add_argument("--to", dest="target_format", choices=SUFFIXES, help=help_text)
     return parser.parse_args(argv)
 
 
@@ -318,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         convert(parse(argv), console)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     return 0

@@ -77,6 +77,8 @@ def fetch(weights: Weights, directory: Path, mirror: str | None, console: Consol
         ValueError: if it cannot be fetched, or what arrives is not the published file.
         OSError: if it cannot be written.
     """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; allowed is a folder, there or not; change --directory")
     path = directory / weights.file
     if path.is_file() and is_published(path, path.name):
         console.print(f"{path} is there and whole", markup=False, highlight=False, soft_wrap=True)

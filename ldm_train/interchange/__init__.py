@@ -4,7 +4,7 @@ Reading files safely and comparing strictly is the business of `ldm_train.checkp
 together.
 """
 
-from ldm_train.interchange.architecture import Architecture, Imported, build
+from ldm_train.interchange.architecture import Architecture, Imported, build, check_targets
 from ldm_train.interchange.compvis import export_compvis, import_compvis
 from ldm_train.interchange.diffusers import export_diffusers, import_diffusers
 
@@ -12,6 +12,7 @@ __all__ = [
     "Architecture",
     "Imported",
     "build",
+    "check_targets",
     "export_compvis",
     "export_diffusers",
     "import_compvis",

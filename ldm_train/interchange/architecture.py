@@ -6,7 +6,7 @@ decides the names and shapes of tensors; how it was trained is no part of it.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,10 +118,40 @@ def build(node: Mapping[str, Any]) -> Autoencoder:
     return Autoencoder(**(arguments | {"regularizer": kind(**regularizer)}))
 
 
+def check_targets(node: object) -> None:
+    """Refuse a node that is none, or names a class that `build` does not know, however deep.
+
+    Raises:
+        ValueError: with the class and what is allowed.
+    """
+    _require(node, [_AUTOENCODER], "autoencoder")
+    assert isinstance(node, Mapping)
+    _require(node.get("regularizer"), list(_REGULARIZERS), "autoencoder.regularizer")
+    known = {_AUTOENCODER, *_REGULARIZERS}
+    if strangers := sorted({str(target) for target in _targets(node)} - known):
+        raise ValueError(
+            f"`autoencoder` names the class {strangers[0]}; allowed here: {', '.join(sorted(known))}; change "
+            "`autoencoder`"
+        )
+
+
+def _targets(value: object) -> Iterator[object]:
+    if isinstance(value, Mapping):
+        yield from ([value["_target_"]] if "_target_" in value else [])
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for entry in value:
+            yield from _targets(entry)
+
+
 def _arguments(node: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """All arguments of the autoencoder and of its regularizer, defaults filled in."""
     _require(node, [_AUTOENCODER], "autoencoder")
     arguments = _bound(Autoencoder, node, "autoencoder")
+    for key in ("channel_multipliers", "attention_factors", "checkpoint_factors"):
+        found = arguments[key]
+        if not isinstance(found, list | tuple) or any(type(value) is not int for value in found):
+            raise ValueError(f"`autoencoder.{key}` is {found!r}; allowed is a list of whole numbers; change it")
     regularizer = arguments["regularizer"]
     _require(regularizer, list(_REGULARIZERS), "autoencoder.regularizer")
     kind = _REGULARIZERS[regularizer["_target_"]]

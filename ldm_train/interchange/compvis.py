@@ -53,6 +53,7 @@ COMPVIS = Layout(
     linear_attention=False,
 )
 
+_NESTED = 2  # dictionaries under `state_dict`, one in the other
 _WHOLE_MODEL = "first_stage_model."
 _TRAINING_ONLY = ("loss.", "model_ema.")
 
@@ -93,19 +94,43 @@ def contents(checkpoint: Mapping[str, Any]) -> Contents:
         ValueError: if there is something else than tensors.
     """
     state: Mapping[str, Any] = checkpoint
-    while isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if strangers := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-        raise ValueError(
-            f"the entry {strangers[0]!r} is no tensor; allowed is a dictionary of tensors, or a checkpoint with one "
-            "under `state_dict`; name another file"
-        )
+    for _ in range(_NESTED):
+        if isinstance(state.get("state_dict"), Mapping):
+            state = state["state_dict"]
+    check_tensors(state)
     prefix = _WHOLE_MODEL if any(name.startswith(_WHOLE_MODEL) for name in state) else ""
     kept = [name for name in state if name.startswith(prefix) and not name.startswith(_TRAINING_ONLY, len(prefix))]
     ignored = Counter(name.split(".")[0] for name in state.keys() - set(kept))
-    scale_factor = float(state["scale_factor"]) if prefix and "scale_factor" in state else None
+    scale_factor = _number(state["scale_factor"]) if prefix and "scale_factor" in state else None
+    record = checkpoint.get(RECORD, {})
+    if not isinstance(record, Mapping):
+        raise ValueError(
+            f"the entry {RECORD!r} is {type(record).__name__}; allowed is a dictionary, or none; write the file again"
+        )
     tensors = {name.removeprefix(prefix): state[name] for name in kept}
-    return Contents(tensors, dict(checkpoint.get(RECORD, {})), scale_factor, dict(ignored))
+    return Contents(tensors, dict(record), scale_factor, dict(ignored))
+
+
+def check_tensors(state: Mapping[Any, object]) -> None:
+    """Refuse what is no dictionary of named tensors.
+
+    Raises:
+        ValueError: with the first entry that is none.
+    """
+    strangers = (name for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor))
+    if (stranger := next(strangers, None)) is not None:
+        raise ValueError(
+            f"the entry {stranger!r} is no named tensor; allowed is a dictionary of names and tensors, or a checkpoint "
+            "with one under `state_dict`; name another file"
+        )
+
+
+def _number(tensor: Tensor) -> float:
+    if tensor.numel() != 1:
+        raise ValueError(
+            f"`scale_factor` has the shape {tuple(tensor.shape)}; allowed is one number; name another file"
+        )
+    return float(tensor)
 
 
 def import_compvis(found: Contents, node: Mapping[str, Any]) -> Imported:

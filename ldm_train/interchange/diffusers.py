@@ -20,7 +20,10 @@ from ldm_train.interchange.layout import AttentionNames, Layout, ResidualNames, 
 from ldm_train.nn.pyramid import Pyramid
 
 CONFIG, TENSORS = "config.json", "diffusion_pytorch_model.safetensors"
-"""The files of the folder."""
+"""The files of the folder, as written."""
+
+TENSORS_READ = (TENSORS, "diffusion_pytorch_model.fp16.safetensors")
+"""The names of the tensors' file that are read, the first that is there; the second has them in half precision."""
 
 DIFFUSERS = Layout(
     encoder=SideNames(
@@ -115,7 +118,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             f"config.json lacks {', '.join(sorted(missing))}; allowed is what diffusers writes; name another SOURCE"
         )
     down, up, widths = (config[key] for key in ("down_block_types", "up_block_types", "block_out_channels"))
-    is_list_of_widths = isinstance(widths, list) and widths and all(isinstance(w, int) and w > 0 for w in widths)
+    is_list_of_widths = isinstance(widths, list) and widths and all(type(w) is int and w > 0 for w in widths)
     if not is_list_of_widths or not isinstance(down, list) or len(down) != len(widths):
         raise ValueError(
             f"`block_out_channels` of config.json is {widths} and `down_block_types` of config.json is {down}; allowed "
@@ -129,21 +132,21 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     _check("out_channels", config.get("out_channels", 3), (config.get("in_channels", 3),))
     multiples = [[width // widths[0] * widths[0] for width in widths]]
     _check("block_out_channels", widths, multiples)
-    latent_channels = config["latent_channels"]
+    latent_channels = _whole(config, "latent_channels", 4)
     if config["_class_name"] == _VQ:
         _check("vq_embed_dim", config.get("vq_embed_dim") or latent_channels, (latent_channels,))
     return Architecture(
         shape=Pyramid(
             channels=widths[0],
             channel_multipliers=tuple(width // widths[0] for width in widths),
-            num_res_blocks=config.get("layers_per_block", 1),
+            num_res_blocks=_whole(config, "layers_per_block", 1),
             attention_factors=tuple(2**level for level, name in enumerate(down) if name == _DOWN[1]),
-            middle_attention=config.get("mid_block_add_attention", True),
-            norm_groups=config.get("norm_num_groups", 32),
+            middle_attention=_flag(config, "mid_block_add_attention"),
+            norm_groups=_whole(config, "norm_num_groups", 32),
         ),
         latent_channels=latent_channels,
-        in_channels=config.get("in_channels", 3),
-        codebook_size=config.get("num_vq_embeddings", 256) if config["_class_name"] == _VQ else None,
+        in_channels=_whole(config, "in_channels", 3),
+        codebook_size=_whole(config, "num_vq_embeddings", 256) if config["_class_name"] == _VQ else None,
     )
 
 
@@ -184,9 +187,21 @@ def _absent_convolutions(config: Mapping[str, Any], architecture: Architecture) 
     widths = {"quant_conv": architecture.moments, "post_quant_conv": architecture.latent_channels}
     result: dict[str, Tensor] = {}
     for name, width in widths.items():
-        if not config.get(f"use_{name}", True):
+        if not _flag(config, f"use_{name}"):
             result |= {f"{name}.weight": torch.eye(width)[:, :, None, None], f"{name}.bias": torch.zeros(width)}
     return result
+
+
+def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
+    found = config.get(key, default)
+    if type(found) is not int or found < 1:
+        raise ValueError(f"`{key}` of config.json is {found!r}; allowed are whole numbers from 1; name another SOURCE")
+    return found
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    _check(key, found := config.get(key, True), (True, False))
+    return bool(found)
 
 
 def _check(key: str, found: object, allowed: Sequence[object]) -> None:

@@ -17,33 +17,61 @@ from torch import Tensor
 SCALE_FACTOR = 0.18215
 """The scale factor of Stable Diffusion 1 and 2: 1 / std of the KL-f8 autoencoder's latents on one batch."""
 
+_LEAST, _MOST = 1e-37, 1e37
+
 
 def latent_state(mean: Sequence[float], std: Sequence[float]) -> dict[str, Tensor]:
     """The buffers of an `Autoencoder` for statistics of each channel.
 
     Raises:
-        ValueError: if a standard deviation is no positive number.
+        ValueError: if they are no numbers, or a standard deviation is no positive one.
     """
-    if not all(0 < value < math.inf for value in std) or not all(map(math.isfinite, mean)):
+    means, stds = (torch.tensor(numbers(key, values)) for key, values in (("mean", mean), ("std", std)))
+    # As float32, where 1e-300 is 0 and 1e300 is infinite.
+    if not means.isfinite().all() or not (stds.isfinite() & (stds > 0)).all():
         raise ValueError(
-            f"the latents' means are {list(mean)} and standard deviations {list(std)}; allowed are finite numbers, the "
-            "latter positive; change the scale factor (--scale-factor) or the file's statistics"
+            f"the latents' means are {list(mean)} and standard deviations {list(std)}; allowed are finite numbers of "
+            "float32, the latter positive; change the scale factor (--scale-factor) or the file's statistics"
         )
-    return {"latent_mean": torch.tensor(mean).view(1, -1, 1, 1), "latent_std": torch.tensor(std).view(1, -1, 1, 1)}
+    return {"latent_mean": means.view(1, -1, 1, 1), "latent_std": stds.view(1, -1, 1, 1)}
 
 
-def scaled(scale_factor: float, channels: int) -> dict[str, Tensor]:
+def numbers(key: str, values: object) -> list[float]:
+    """A list of numbers that a file says.
+
+    Args:
+        key: what the file calls them, for errors.
+        values: what it holds.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(values, list | tuple) or not all(map(_is_number, values)):
+        raise ValueError(f"`{key}` of the latents is {values!r}; allowed is a list of numbers; correct it in the file")
+    return [float(value) for value in values]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def scaled(scale_factor: object, channels: int) -> dict[str, Tensor]:
     """The buffers for one published scale factor.
 
     Raises:
         ValueError: if it is no positive number.
     """
-    if not 0 < scale_factor < math.inf:
+    return latent_state([0.0] * channels, [1 / _factor(scale_factor)] * channels)
+
+
+def _factor(value: object) -> float:
+    # The deviation 1 / s must be a number of float32 as well.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not _LEAST <= value <= _MOST:
         raise ValueError(
-            f"the scale factor is {scale_factor}; allowed are positive numbers, {SCALE_FACTOR} for Stable Diffusion 1 "
-            "and 2; change --scale-factor or the file's"
+            f"the scale factor is {value}; allowed are positive numbers, {_LEAST:.0e} to {_MOST:.0e}, {SCALE_FACTOR} "
+            "for Stable Diffusion 1 and 2; change --scale-factor or the file's"
         )
-    return latent_state([0.0] * channels, [1 / scale_factor] * channels)
+    return float(value)
 
 
 def uncalibrated(channels: int) -> dict[str, Tensor]:
@@ -68,17 +96,17 @@ def from_diffusers(config: Mapping[str, Any], channels: int, default: float) -> 
     Raises:
         ValueError: if it holds no such numbers.
     """
-    if (scale := config.get("scaling_factor", default)) is None:
+    if config.get("scaling_factor", default) is None:
         return uncalibrated(channels)
-    state = scaled(scale, channels)
-    mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0] * channels
-    std = config.get("latents_std") or [1.0] * channels
+    scale = _factor(config.get("scaling_factor", default))
+    mean = numbers("latents_mean", config.get("latents_mean") or [config.get("shift_factor") or 0.0] * channels)
+    std = numbers("latents_std", config.get("latents_std") or [1.0] * channels)
     if not len(mean) == len(std) == channels:
         raise ValueError(
             f"`latents_mean` and `latents_std` have {len(mean)} and {len(std)} numbers; allowed is one for each of the "
             f"{channels} latent channels; correct them in config.json"
         )
-    return state | latent_state(mean, [value / scale for value in std])
+    return latent_state(mean, [value / scale for value in std])
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Any]:

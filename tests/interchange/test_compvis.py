@@ -85,7 +85,7 @@ def test_strangers_stay_for_the_strict_comparison():
 
 
 def test_what_is_no_tensor_is_refused():
-    with pytest.raises(ValueError, match=r"entry 'lr' is no tensor; allowed .*; name another file"):
+    with pytest.raises(ValueError, match=r"entry 'lr' is no named tensor; allowed .*; name another file"):
         contents({"state_dict": {"lr": 1.0}})
 
 

@@ -164,3 +164,26 @@ def test_what_diffusers_cannot_describe_is_refused():
     node = SMALL | {"channel_multipliers": [2, 2]}
     with pytest.raises(ValueError, match=r"first channel multiplier is 2; .* change `autoencoder.channel_multipliers`"):
         export_diffusers(node, random_autoencoder(node).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layers_per_block", "2"),
+        ("latent_channels", "x"),
+        ("latent_channels", None),
+        ("norm_num_groups", 0),
+        ("in_channels", True),
+        ("num_vq_embeddings", 1.5),
+        ("mid_block_add_attention", "yes"),
+        ("use_quant_conv", [1]),
+        ("block_out_channels", ["16", "32", "32"]),
+        ("down_block_types", [["a"]] * 3),
+        ("_class_name", []),
+    ],
+)
+def test_values_of_another_type_are_refused(key, value):
+    node = KINDS["vq"]
+    config, tensors = export_diffusers(node, random_autoencoder(node).state_dict())
+    with pytest.raises(ValueError, match=rf"`{key}` of config.json is .*; allowed .*; name another SOURCE"):
+        import_diffusers(config | {key: value, "out_channels": value if key == "in_channels" else 3}, tensors)

@@ -74,11 +74,26 @@ def test_the_shortest_factor_gives_the_deviation_back(std):
 
 
 def test_impossible_numbers_are_refused():
-    for factor in (0.0, -1.0, math.inf, math.nan):
+    for factor in (0.0, -1.0, math.inf, math.nan, 1e-300, 1e300, "a", True):
         with pytest.raises(ValueError, match=r"scale factor is .*; allowed are positive numbers, .*; change"):
             scaled(factor, 4)
-    for mean, std in (([0.0], [0.0]), ([math.nan], [1.0]), ([0.0], [math.inf])):
+    for mean, std in (([0.0], [0.0]), ([math.nan], [1.0]), ([0.0], [math.inf]), ([0.0], [1e-300]), ([1e300], [1.0])):
         with pytest.raises(ValueError, match=r"standard deviations .*; allowed are finite .*; change"):
             latent_state(mean, std)
     with pytest.raises(ValueError, match=r"have 3 and 2 numbers; allowed is one for each of the 2"):
         from_diffusers({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 2}, 2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"scaling_factor": "a"}, r"scale factor is a; allowed are positive numbers, .*; change"),
+        ({"latents_mean": 3}, r"`latents_mean` of the latents is 3; allowed is a list of numbers; correct it"),
+        ({"latents_mean": ["a", 0.0]}, r"`latents_mean` of the latents is \['a', 0.0\]; allowed"),
+        ({"latents_std": [1.0, None]}, r"`latents_std` of the latents is \[1.0, None\]; allowed"),
+        ({"shift_factor": "a"}, r"`latents_mean` of the latents is \['a', 'a'\]; allowed"),
+    ],
+)
+def test_what_is_no_number_is_refused(config, said):
+    with pytest.raises(ValueError, match=said):
+        from_diffusers(config, 2, 1.0)

@@ -93,9 +93,29 @@ def test_what_cannot_be_used_is_named(source, tmp_path, capsys):
         ((checkpoint, checkpoint), "is there already; allowed is a new name; change --output"),
         ((tmp_path / "none.ckpt", tmp_path / "out.ckpt"), "nothing at"),
         ((tmp_path / "silent.safetensors", tmp_path / "out.ckpt"), "choose one with --autoencoder"),
-        ((checkpoint, tmp_path / "out.ckpt", "--image-size", 18), "allowed are multiples of 4"),
+        (
+            (checkpoint, tmp_path / "out.ckpt", "--image-size", 18),
+            "allowed are multiples of 4, by which this autoencoder",
+        ),
+        ((checkpoint, tmp_path / "out.safetensors"), "allowed are names in .ckpt; change --output"),
+        (
+            (checkpoint, checkpoint / "out.ckpt"),
+            "is no folder; allowed is a folder that you may write to; change --output",
+        ),
+        (
+            (checkpoint, tmp_path / "out.ckpt", "--data", tmp_path),
+            f"{tmp_path} is a folder; allowed are shards, such as",
+        ),
+        ((checkpoint, tmp_path / "out.ckpt", "--data", tmp_path / "no.tar"), "`--data` is"),
+        ((checkpoint, tmp_path / "out.ckpt", "--override", "autoencoder.channels=8"), "add --autoencoder"),
     )
     for arguments, message in cases:
         assert run(*arguments) == 2, message
         assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out.ckpt").exists()
+
+
+def test_the_image_size_is_judged_before_anything_is_measured(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate_latents, "ImageTextDataModule", None)
+    assert run(source(SMALL), tmp_path / "out.ckpt", "--image-size", 18) == 2
+    assert "change --image-size" in " ".join(capsys.readouterr().err.split())

@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import re
 import sys
 from types import ModuleType
+from unittest.mock import Mock
 
 import convert
 import diffusers
@@ -95,6 +97,21 @@ def test_stage_2_takes_what_was_converted(tmp_path):
         torch.testing.assert_close(first_stage.encode(x), 0.5 * z, rtol=1e-4, atol=1e-5)
 
 
+def test_a_folder_in_half_precision_alone_is_read_as_float32(tmp_path):
+    autoencoder = stage_1(tmp_path / "last.ckpt")
+    run(tmp_path / "last.ckpt", tmp_path / "vae")
+    whole = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    halves = {name: value.half() for name, value in load_file(whole).items()}
+    save_file(halves, tmp_path / "vae/diffusion_pytorch_model.fp16.safetensors")
+    run(tmp_path / "vae", tmp_path / "exact.ckpt")  # the whole file is the first choice
+    whole.unlink()
+    run(tmp_path / "vae", tmp_path / "rounded.ckpt")
+    weight = autoencoder.to_moments.weight
+    assert torch.equal(loaded(tmp_path / "exact.ckpt").to_moments.weight, weight)
+    assert torch.equal(loaded(tmp_path / "rounded.ckpt").to_moments.weight, weight.half().float())
+    assert not torch.equal(weight, weight.half().float())
+
+
 class TestPublishedFiles:
     @pytest.fixture
     def tensors(self):
@@ -134,6 +151,14 @@ class TestPublishedFiles:
         run(tmp_path / "model.safetensors", tmp_path / "ours.ckpt", *SMALL_OPTION)
         state = loaded(tmp_path / "ours.ckpt").state_dict()
         assert torch.equal(state["to_moments.weight"], tensors["quant_conv.weight"].half().float())
+
+    @pytest.mark.parametrize("nested", [False, True], ids=["flat", "state_dict"])
+    @pytest.mark.parametrize("zipped", [False, True], ids=["before torch 1.6", "zip"])
+    def test_every_container_of_torch_is_read(self, tensors, nested, zipped, tmp_path):
+        content = {"state_dict": tensors} if nested else tensors
+        torch.save(content, tmp_path / "model.ckpt", _use_new_zipfile_serialization=zipped)
+        run(tmp_path / "model.ckpt", tmp_path / "ours.ckpt", *SMALL_OPTION)
+        assert torch.equal(loaded(tmp_path / "ours.ckpt").to_moments.weight, tensors["quant_conv.weight"])
 
     def test_another_architecture_is_refused_with_the_difference(self, tensors, tmp_path, capsys):
         save_file(tensors, tmp_path / "model.safetensors")
@@ -186,6 +211,7 @@ class TestRefusals:
             assert "cannot be read" in message
             assert "allowed" in message
             assert "SOURCE" in message
+            assert "previous.ckpt" not in message
         assert not (tmp_path / "out.ckpt").exists()
 
     def test_pickles_with_code(self, tmp_path, capsys):
@@ -224,7 +250,10 @@ class TestRefusals:
         (tmp_path / "vae/config.json").write_text(json.dumps(json.loads(config) | {"block_out_channels": [32, 64, 64]}))
         assert "other shape" in refused(capsys, tmp_path / "vae", tmp_path / "out.ckpt")
         (tmp_path / "vae/diffusion_pytorch_model.safetensors").unlink()
-        assert "safetensors cannot be read" in refused(capsys, tmp_path / "vae", tmp_path / "out.ckpt")
+        (tmp_path / "vae/diffusion_pytorch_model.bin").touch()
+        message = refused(capsys, tmp_path / "vae", tmp_path / "out.ckpt")
+        assert "holds config.json, diffusion_pytorch_model.bin, so its tensors cannot be read; allowed: " in message
+        assert "diffusion_pytorch_model.fp16.safetensors; fetch one of them" in message
 
     def test_files_that_are_there_and_files_that_are_not(self, tmp_path, capsys):
         stage_1(tmp_path / "last.ckpt")
@@ -240,3 +269,108 @@ class TestRefusals:
         stage_1(tmp_path / "last.ckpt")
         message = refused(capsys, tmp_path / "last.ckpt", tmp_path / "out.ckpt", "--scale-factor", 0)
         assert "the scale factor is 0.0; allowed are positive numbers" in message
+
+    @pytest.mark.parametrize("factor", [1e-300, 1e300, "nan"])
+    def test_a_scale_factor_whose_inverse_is_no_float32(self, factor, tmp_path, capsys):
+        stage_1(tmp_path / "last.ckpt")
+        message = refused(capsys, tmp_path / "last.ckpt", tmp_path / "out.ckpt", "--scale-factor", factor)
+        assert "allowed are positive numbers, 1e-37 to 1e+37" in message
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ("--override autoencoder.channels=64", "none is named; allowed: kl_f16, .*; add --autoencoder"),
+            (
+                "--autoencoder tiny --override seed=3",
+                "is no part of the autoencoder; allowed are autoencoder.KEY=VALUE",
+            ),
+            ("--autoencoder tiny --override autoencoder.channels=abc", "`autoencoder.channels` is 'abc', .* takes int"),
+            (
+                "--autoencoder tiny --override autoencoder.channel_multipliers=3",
+                "`autoencoder.channel_multipliers` is 3",
+            ),
+            (
+                "--autoencoder tiny --override autoencoder.channel_multipliers=[1,a]",
+                "allowed is a list of whole numbers",
+            ),
+            (
+                "--autoencoder tiny --override autoencoder.latent_channels=???",
+                "`autoencoder.latent_channels` has no value",
+            ),
+            ("--autoencoder tiny --override autoencoder.channels=${nothing}", "cannot be composed .*nothing"),
+            ("--autoencoder tiny --override autoencoder.norm_groups=0", "norm_groups is 0; allowed"),
+            ("--autoencoder null", "there is no autoencoder null; allowed options: kl_f16"),
+        ],
+    )
+    def test_options_that_describe_no_autoencoder(self, options, said, tmp_path, capsys):
+        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+        message = refused(capsys, tmp_path / "model.safetensors", tmp_path / "out.ckpt", *options.split())
+        assert re.search(said, message), message
+        assert "change" in message or "--" in message
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            ({1: torch.zeros(1)}, "the entry 1 is no named tensor; allowed is a dictionary of names"),
+            ({"state_dict": {1: torch.zeros(1)}}, "the entry 1 is no named tensor"),
+            ({"state_dict": {"autoencoder.x": 3}}, "the entry 'autoencoder.x' is no named tensor"),
+            ({"state_dict": 3}, "the entry 'state_dict' is no named tensor"),
+            ([1, 2], "allowed is a dictionary of tensors; change `SOURCE`"),
+            ({"state_dict": {"autoencoder.x": torch.zeros(1)}, "config": None}, "choose one with --autoencoder"),
+            ({"state_dict": {"autoencoder.x": torch.zeros(1)}, "config": 3}, "choose one with --autoencoder"),
+            ({"state_dict": {}, "ldm_train": 3}, "the entry 'ldm_train' is int; allowed is a dictionary, or none"),
+            ({"state_dict": {}, "ldm_train": {"autoencoder": 3}}, "`autoencoder._target_` is 3; allowed here"),
+            (
+                {"state_dict": {}, "ldm_train": {"autoencoder": SMALL | {"channels": "a"}}},
+                "`autoencoder.channels` is 'a'",
+            ),
+            (
+                {"state_dict": {}, "ldm_train": {"autoencoder": SMALL, "latent_mean": 3, "latent_std": 4}},
+                "list of numbers",
+            ),
+        ],
+    )
+    def test_checkpoints_of_other_things(self, content, said, tmp_path, capsys):
+        torch.save(content, tmp_path / "last.ckpt")
+        message = refused(capsys, tmp_path / "last.ckpt", tmp_path / "out.ckpt")
+        assert said in message
+        assert "previous.ckpt" not in message
+
+    def test_no_class_is_imported_that_a_node_names(self, tmp_path, capsys, monkeypatch):
+        (tmp_path / "stranger.py").write_text("raise SystemExit('it ran')")
+        monkeypatch.syspath_prepend(tmp_path)
+        node = SMALL | {"attention_factors": [{"_target_": "stranger.Class"}]}
+        torch.save({"state_dict": {}, "ldm_train": {"autoencoder": node}}, tmp_path / "bad.ckpt")
+        message = refused(capsys, tmp_path / "bad.ckpt", tmp_path / "out.ckpt")
+        assert "`autoencoder` names the class stranger.Class; allowed here: ldm_train" in message
+
+    @pytest.mark.parametrize(
+        ("name", "options", "said"),
+        [
+            ("out.pt", "", "ends in '.pt'; allowed is a name in .ckpt, one in .safetensors, or that of a folder"),
+            (
+                "out.safetensors",
+                "--to ldm_train",
+                "ends in '.safetensors'; allowed is for ldm_train: .ckpt; change TARGET",
+            ),
+            ("out", "--to compvis", "allowed is for compvis: .safetensors or .ckpt"),
+            ("out.ckpt", "--to diffusers", "allowed is for diffusers: no suffix"),
+            ("file/out.ckpt", "", "file is no folder; allowed is a folder that you may write to; change TARGET"),
+            ("file/deeper/vae", "", "file is no folder"),
+        ],
+    )
+    def test_targets_are_judged_before_any_work(self, name, options, said, tmp_path, capsys):
+        (tmp_path / "file").touch()
+        assert said in refused(capsys, tmp_path / "no source.ckpt", tmp_path / name, *options.split())
+
+    def test_a_folder_that_cannot_be_written_to(self, tmp_path, capsys, monkeypatch):
+        # The owner of everything, who runs tests in containers, may write everywhere.
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        message = refused(capsys, tmp_path / "no source.ckpt", tmp_path / "new" / "out.ckpt")
+        assert f"{tmp_path} cannot be written to; allowed is a folder" in message
+
+    def test_a_disk_that_refuses(self, tmp_path, capsys, monkeypatch):
+        stage_1(tmp_path / "last.ckpt")
+        monkeypatch.setattr(torch, "save", Mock(side_effect=OSError(28, "No space left on device")))
+        assert "No space left" in refused(capsys, tmp_path / "last.ckpt", tmp_path / "out.ckpt")
+        assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

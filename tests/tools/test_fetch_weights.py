@@ -113,6 +113,15 @@ def test_the_list_tells_what_is_there(server, tmp_path, capsys):
     assert "MB, not there)" in lines["inception"]
 
 
+def test_a_file_is_no_directory(server, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert fetch(tmp_path / "file") == 2
+    assert f"{tmp_path / 'file'} is a file; allowed is a folder, there or not; change --directory" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert server[2].requests == 0
+
+
 @pytest.mark.parametrize(("arguments", "said"), [([], "give one, or --list"), (["resnet"], "allowed are vgg16")])
 def test_names_are_needed_and_known(arguments, said, capsys):
     with pytest.raises(SystemExit) as stop:
