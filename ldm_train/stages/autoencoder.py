@@ -134,7 +134,7 @@ class AutoencoderStage(L.LightningModule):
         """Say aloud that a discriminator will never begin."""
         adversarial, steps = self.loss.adversarial, self.trainer.max_steps
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if adversarial is None or data is None or steps < 0:
+        if adversarial is None or data is None or steps < 0 or not self.trainer.is_global_zero:
             return
         images = data.global_batch_size * self.trainer.accumulate_grad_batches  # a step
         # The last step's clock: what came before it.
