@@ -54,12 +54,15 @@ def test_gradients_reach_both_images_and_no_weight(lpips):
     x, y = _images(2, seed=1).requires_grad_(), _images(2, seed=2).requires_grad_()
     lpips(x, y).sum().backward()
     for images in (x, y):
-        assert bool(images.grad.isfinite().all())
         assert float(images.grad.flatten(1).norm(dim=1).min()) > 0
+    # The distance is symmetric, so the gradient of its second argument is that of the first with the two exchanged.
+    first, second = y.detach().clone().requires_grad_(), x.detach()
+    lpips(first, second).sum().backward()
+    torch.testing.assert_close(y.grad, first.grad, rtol=1e-4, atol=1e-7)
     assert not any(p.requires_grad for p in lpips.parameters())
 
 
-def test_distance_and_gradient_are_finite_where_all_features_are_zero(lpips, backbone, tmp_path):
+def test_distance_and_gradient_are_zero_where_all_features_are(lpips, backbone, tmp_path):
     state = torch.load(backbone, weights_only=True)
     torch.save({name: torch.zeros_like(value) for name, value in state.items()}, tmp_path / VGG16_FILE)
     dead = LPIPS(backbone=str(tmp_path / VGG16_FILE))
@@ -67,7 +70,7 @@ def test_distance_and_gradient_are_finite_where_all_features_are_zero(lpips, bac
     distance = dead(x, _images(1, seed=2)).sum()
     distance.backward()
     assert distance.item() == 0.0
-    assert bool(x.grad.isfinite().all())
+    assert not x.grad.any()  # NaN counts as something
 
 
 def test_a_descent_on_it_brings_an_image_closer(lpips):
