@@ -3,7 +3,7 @@
 A batch is a plain dictionary of tensors and lists, so that a worker process can send it and Lightning can move it.
 """
 
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -16,15 +16,22 @@ class ImageTextBatch(TypedDict):
         caption: B strings; an empty string is a valid caption.
         sample_id: (B,) int64, the sample's number in the data set's index. Together with the run's seed and the epoch
             it keys every random draw made for the sample, see `ldm_train.randomness`.
+        position: (B,) int64, the sample's place in the order of its epoch, over all processes: the samples of one step
+            have consecutive places, whichever process trains them.
         epoch: the epoch the batch belongs to, a plain int; 0 in validation, so that validation noise never changes.
         key: B strings, `<shard>/<__key__>`, to name a sample to a person.
+        label: (B,) int64 class of each image; there if `data.label` asks for it.
+        segmentation: (B, H, W) int64 class of each pixel; there if `data.segmentation` asks for it.
     """
 
     image: Tensor
     caption: list[str]
     sample_id: Tensor
+    position: Tensor
     epoch: int
     key: list[str]
+    label: NotRequired[Tensor]
+    segmentation: NotRequired[Tensor]
 
 
 class Conditioning(NamedTuple):

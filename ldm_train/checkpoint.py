@@ -7,6 +7,7 @@ shape and refuses with the whole difference.
 """
 
 import hashlib
+import logging
 import os
 import pickle
 import struct
@@ -20,7 +21,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ldm_train.nn.autoencoder import Autoencoder
 from ldm_train.nn.ema import load_average
+
+_log = logging.getLogger(__name__)
+
+UNTRAINED = "untrained"
+"""In place of a path: random weights, to see that a run works."""
 
 _LISTED = 8
 # What torch's reader raises for bytes that are no checkpoint depends on where they stop making sense.
@@ -142,14 +149,18 @@ def load_pretrained(module: nn.Module, checkpoint: str | None, prefix: str, key:
 
     Args:
         module: the part, as the config describes it.
-        checkpoint: path of the checkpoint; `None` leaves the part as it was built.
+        checkpoint: path of the checkpoint; `None` leaves the part as it was built; the word `untrained` likewise, and
+            takes the latents of an autoencoder as they come.
         prefix: the part's name in the stage, with its dot, such as `autoencoder.`.
         key: the config key that named the checkpoint, for errors.
 
     Returns:
         The module.
     """
-    if checkpoint is None:
+    if checkpoint == UNTRAINED and isinstance(module, Autoencoder):
+        _log.warning("`%s` is %s: its latents mean nothing, and neither does what is trained on them", key, UNTRAINED)
+        module.calibrate(torch.zeros(module.latent_channels), torch.ones(module.latent_channels))
+    if checkpoint is None or checkpoint == UNTRAINED:
         return module
     content = read_checkpoint(Path(checkpoint), key)
     average = content["ema"]["average"] if "ema" in content else {}

@@ -7,9 +7,10 @@ once: keys no callable takes, keys nobody has given a value, and plain values of
 
 import difflib
 import inspect
+import operator
 import os
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import hydra
 import lightning as L
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, InstantiationException
@@ -79,7 +81,13 @@ class Run:
 def register() -> None:
     """Make the root schema and the resolvers known to Hydra; harmless when repeated."""
     ConfigStore.instance().store(name="schema", node=Config)
-    for name, resolver in (("absolute", os.path.abspath), ("asset", _asset), ("run_id", _run_id)):
+    resolvers: dict[str, Callable[..., Any]] = {
+        "absolute": os.path.abspath,
+        "asset": _asset,
+        "plus": operator.add,
+        "run_id": _run_id,
+    }
+    for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
 
 
@@ -193,7 +201,15 @@ def load_run(path: Path) -> tuple[L.LightningModule, DictConfig]:
         raise ConfigError(not_of_a_run(path))
     cfg = OmegaConf.create(_moved(checkpoint["config"], path.absolute()))
     assert isinstance(cfg, DictConfig)
-    stage = _instantiate(cfg.stage, "stage")
+    try:
+        check(cfg)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path} was trained with a config that this version of the package does not know:\n{error}"
+        ) from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)  # parts that were `untrained` have the weights of their run again
+        stage = _instantiate(cfg.stage, "stage")
     load_weights(stage, checkpoint)
     return stage.eval(), cfg
 

@@ -14,6 +14,7 @@ runs where `sample_id` lives.
 import math
 from enum import IntEnum
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,29 @@ class Stream(IntEnum):
     AUGMENTATION = 4
     SAMPLING = 5
     INITIALISATION = 6
+    DEGRADATION = 7
+    MASK = 8
+    OFFSET_NOISE = 9
+    INPUT_PERTURBATION = 10
+    CONDITION_NOISE = 11
+    BOUND = 12
+
+
+class SampleKeys(NamedTuple):
+    """What every draw made for the B samples of a batch is a function of.
+
+    Attributes:
+        seed: the run's seed.
+        epoch: the epoch.
+        sample_id: (B,) int64.
+        position: (B,) int64, places in the order of the epoch, consecutive over the processes of a step; for draws that
+            are spread evenly over a batch instead of independently.
+    """
+
+    seed: int
+    epoch: int
+    sample_id: Tensor
+    position: Tensor
 
 
 def _multiply_wide(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

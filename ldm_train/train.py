@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.callbacks import RunRecord, finish_wandb
-from ldm_train.checkpoint import load_weights, read_checkpoint
+from ldm_train.checkpoint import UNTRAINED, load_weights, read_checkpoint
 from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain
 
 _log = logging.getLogger(__name__)
@@ -97,8 +97,15 @@ def resume_path(resume: str, run_dir: Path) -> Path | None:
     return None
 
 
+_CHECKPOINTS = (
+    "stage.autoencoder.checkpoint",
+    "stage.denoiser.network.checkpoint",
+    "stage.base_checkpoint",
+    "conditioner.encoder.weights",
+)
+
 # Parts of a stage that may change between two halves of a run: they train nothing, or say where files lie.
-_FREE = {"sampler", "guidance", "checkpoint", "base_checkpoint", "key", "total_steps"}
+_FREE = {"sampler", "guidance", "checkpoint", "base_checkpoint", "weights", "key", "total_steps"}
 _FREE |= {"memory_format", "checkpoint_factors", "tile_size", "tile_overlap"}  # of memory, not of what is trained
 
 
@@ -161,8 +168,9 @@ def _validate(run: Run, checkpoint: Path) -> None:
 
 def _make_checkpoints_absolute(cfg: DictConfig) -> None:
     """A run's checkpoint names those of earlier stages, and is read from other directories than the command's."""
-    for key in ("stage.autoencoder.checkpoint", "stage.base_checkpoint"):
-        if path := OmegaConf.select(cfg, key):
+    for key in _CHECKPOINTS:
+        path = OmegaConf.select(cfg, key)
+        if path and path != UNTRAINED:
             OmegaConf.update(cfg, key, os.path.abspath(path))
 
 

@@ -37,6 +37,7 @@ def filled(cfg: DictConfig, runs: Path) -> DictConfig:
         "name": "test",
         "data.shards": f"{cfg.paths.assets}/noto_emoji/*.tar",
         "stage.autoencoder.checkpoint": str(runs / "demo_autoencoder/default/checkpoints/last.ckpt"),
+        "conditioner.encoder.weights": "untrained",
         "stage.base_checkpoint": str(runs / "demo/default/checkpoints/last.ckpt"),
     }
     for key in missing_keys(cfg):

@@ -12,7 +12,7 @@ from ldm_train.config import ConfigError, build, check, conf_dir, explain_overri
 from .conftest import composed, filled
 
 # Groups that change other groups instead of describing a part, and those in which nothing is built.
-OVERLAYS = ("experiment", "sweep", "debug")
+OVERLAYS = ("experiment", "sweep", "debug", "shapes")
 PLACES = ("paths", "hydra")
 # A text-to-image model: every part of it can be exchanged for another option of its group.
 PARTS = [
@@ -86,6 +86,9 @@ def test_every_experiment_is_accepted_and_builds(experiment, tiny_runs, torch_ca
     if experiment in BEGINS_FROM_ANOTHER:
         begun = tiny_runs / "demo_autoencoder/default/checkpoints/last.ckpt"
         overrides += [*BEGINS_FROM_ANOTHER[experiment], f"stage.autoencoder.checkpoint={begun}"]
+    if experiment in names("shapes/tiny"):  # accepted as it is, built in a small shape
+        check(filled(composed(*overrides, root=tiny_runs), tiny_runs))
+        overrides += ["debug=tiny"]
     cfg = filled(composed(*overrides, root=tiny_runs), tiny_runs)
     run = check_and_build(cfg)
     assert run.trainer.max_steps == cfg.trainer.max_steps
@@ -118,7 +121,7 @@ def test_every_option_of_every_group_is_accepted_and_builds(
     check(cfg)
     given = {"logger": False} if group == "trainer" else {}
     # The networks may be of any size: shapes without memory.
-    with torch.device("meta") if group in ("autoencoder", "unet") else contextlib.nullcontext():
+    with torch.device("meta") if group in ("autoencoder", "unet", "conditioner") else contextlib.nullcontext():
         part = hydra.utils.instantiate(cfg[group], _convert_="all", **given)
     assert not contains_config(part)
 
@@ -171,7 +174,7 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(refusal, override
         ("data.flip=1", "data.flip", "bool"),
         ("sampler.spacing=even", "sampler.spacing", "leading"),
         ("stage.denoiser.prediction=noise", "stage.denoiser.prediction", "epsilon"),
-        ("stage.denoiser.network={channels:64}", "stage.denoiser.network", "Module"),
+        ("stage.denoiser.network.module={channels:64}", "stage.denoiser.network.module", "Module"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(refusal, override, key, allowed):
@@ -208,8 +211,38 @@ def test_epsilon_with_zero_terminal_snr_is_refused(refusal, tiny_runs):
 
 def test_a_context_of_another_width_is_refused(refusal, tiny_runs):
     message = refusal("experiment=demo", "unet.context_dim=64", runs=tiny_runs)
-    assert "context of width 192, the network attends to width 64" in message
+    assert "the conditioner gives context_dim 192, the network takes context_dim 64" in message
     assert "change `conditioner.context_dim` or `unet.context_dim`" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found", "remedy"),
+    [
+        (
+            ["experiment=demo", "unet.in_channels=3", "unet.out_channels=3"],
+            "latent_channels 6, the network takes in_channels 3",
+            "unet.in_channels",
+        ),
+        (["experiment=demo", "unet.vector_dim=7"], "vector_dim 192, the network takes vector_dim 7", "unet.vector_dim"),
+        (
+            ["experiment=demo_inpaint", "unet.concat_channels=0"],
+            "concat_channels 7, the network takes concat_channels 0",
+            "conditioner.concat_channels",
+        ),
+        (
+            ["experiment=demo_inpaint", "conditioner.concat_channels=3"],
+            "concat_channels",
+            "conditioner.concat_channels",
+        ),
+        (["experiment=demo", "stage.denoiser.variance=learned"], "learned", "unet.out_channels"),
+        (["experiment=demo", "objective=hybrid", "objective.bound_weight=0"], "bound_weight", "objective.bound_weight"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(refusal, tiny_runs, overrides, found, remedy):
+    message = refusal(*overrides, runs=tiny_runs)
+    assert found in message
+    assert "allowed" in message
+    assert f"`{remedy}`" in message
 
 
 def test_an_uncalibrated_autoencoder_is_refused(refusal, tiny_runs, tmp_path):
@@ -233,7 +266,7 @@ def test_an_absent_first_stage_is_refused(refusal):
         ("unet.chanels=3", "did you mean `unet.channels`?); allowed are in_channels, "),
         ("foo=3", "`foo` is unknown to the config; allowed are "),
         ("callbacks.emma.decay=1", "did you mean `callbacks.ema`?); allowed are "),
-        ("stage.denoiser.network.channels=3", "`stage.denoiser.network` has no keys of its own"),
+        ("stage.denoiser.network.module.channels=3", "`stage.denoiser.network.module` has no keys of its own"),
         ("unet.dropout=0.1", None),  # allowed: Hydra's own message says how to add it
         ("seed=many", None),  # known: Hydra's own message says what it must be
     ],

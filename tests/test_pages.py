@@ -83,8 +83,10 @@ def test_every_kind_of_command_is_found():
     assert {Path(tool).name for tool, *_ in starting_with("python") if tool != "-m"} == {
         "calibrate_latents.py",
         "convert.py",
+        "convert_model.py",
         "fetch_weights.py",
         "make_shards.py",
+        "plot_schedule.py",
         "sample.py",
     }
 
@@ -114,13 +116,27 @@ def test_the_table_of_autoencoders_is_that_of_the_configs():
     rows = re.findall(
         r"^\| `((?:kl|vq)_f\w+)`[^|]*\| (\d+) \| (\d+) \| ([\d,]*) ?\| ([\d,]+) \|", text("README.md"), re.M
     )
-    options = {path.stem for path in (conf_dir() / "autoencoder").glob("*.yaml")} - {"tiny", "vq_tiny"}
+    options = {path.stem for path in (conf_dir() / "autoencoder").glob("*.yaml")} - {"tiny", "vq_tiny", "pixels"}
     assert {name for name, *_ in rows} == options
     for name, factor, channels, codes, parameters in rows:
         with torch.device("meta"):
             network = hydra.utils.instantiate(composed([f"autoencoder={name}"]).autoencoder, _convert_="all")
         found = (network.downsampling_factor, network.latent_channels, network.regularizer.codebook_size or 0)
         assert found == tuple(int(number.replace(",", "") or 0) for number in (factor, channels, codes))
+        assert sum(parameter.numel() for parameter in network.parameters()) == int(parameters.replace(",", ""))
+
+
+def test_the_table_of_experiments_is_that_of_the_configs():
+    """Options, U-Nets and, on the meta device, parameters."""
+    register()
+    rows = re.findall(r"^\| `(ldm_\w+)` \|[^|]*\|[^|]*\| `(\w+)` \| ([\d,]+) \|", text("README.md"), re.M)
+    assert {name for name, *_ in rows} == {path.stem for path in (conf_dir() / "experiment").glob("ldm_*.yaml")}
+    for name, unet, parameters in rows:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = compose("config", [f"experiment={name}"], return_hydra_config=True)
+        assert cfg.hydra.runtime.choices.unet == unet
+        with torch.device("meta"):
+            network = hydra.utils.instantiate(cfg.unet, _convert_="all")
         assert sum(parameter.numel() for parameter in network.parameters()) == int(parameters.replace(",", ""))
 
 
@@ -196,7 +212,7 @@ def test_the_import_order_is_the_one_that_is_enforced():
 def test_every_config_group_is_listed_in_the_order_of_the_contents_page():
     table = text("ARCHITECTURE.md").split("| group | chooses |")[1].split("\n\n")[0]
     listed = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
-    contents = re.findall(r"^  - (\w+): ", text("conf/config.yaml"), re.MULTILINE)
+    contents = re.findall(r"^  - (?:optional )?(\w+): ", text("conf/config.yaml"), re.MULTILINE)
     assert listed == contents
     assert sorted(listed) == sorted(path.name for path in conf_dir().iterdir() if path.is_dir())
 

@@ -14,27 +14,21 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from sources import AUTOENCODER, read_file, read_json, read_tensors, tensors_in
 
-from ldm_train.checkpoint import atomic_write, read_checkpoint, strict_load
-from ldm_train.config import conf_dir, missing_keys, register, unknown_keys
+from ldm_train.checkpoint import atomic_write, strict_load
 from ldm_train.interchange import (
     Imported,
     build,
-    check_targets,
     compvis,
     diffusers,
     export_compvis,
@@ -126,14 +120,9 @@ def _read(source: Source) -> Imported:
             f"nothing at {path}; allowed are a .ckpt, a .safetensors and a vae/ folder of diffusers; change SOURCE"
         )
     if source.format == DIFFUSERS or (source.format is None and path.is_dir()):
-        config = _read_json(path / diffusers.CONFIG)
-        return import_diffusers(config, _read_tensors(_tensors_in(path))[0])
-    if path.suffix == ".safetensors":
-        tensors, metadata = _read_tensors(path)
-        checkpoint: dict[str, Any] = {"state_dict": tensors, **compvis.from_metadata(metadata)}
-    else:
-        with torch.serialization.safe_globals(compvis.SAFE_GLOBALS):
-            checkpoint = read_checkpoint(path, "SOURCE", is_foreign=True)
+        config = read_json(path / diffusers.CONFIG)
+        return import_diffusers(config, read_tensors(tensors_in(path, diffusers.TENSORS_READ))[0])
+    checkpoint = read_file(path)
     if source.format == OURS or (source.format is None and _is_ours(checkpoint)):
         return _from_ours(checkpoint, source)
     found = compvis.contents(checkpoint)
@@ -163,88 +152,7 @@ def _from_ours(checkpoint: Mapping[str, Any], source: Source) -> Imported:
 
 def _node(source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config node that the user names, or else that the file holds."""
-    if source.autoencoder is not None:
-        return compose_node(source.autoencoder, source.overrides)
-    if not isinstance(config, Mapping) or "autoencoder" not in config:
-        raise ValueError(
-            f"{source.path} does not say which architecture it has; allowed: {', '.join(options())}; choose one with "
-            "--autoencoder"
-        )
-    return checked(config["autoencoder"], f"{source.path}, or describe it with --autoencoder")
-
-
-def compose_node(option: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The config node of an option of conf/autoencoder, changed by overrides.
-
-    Raises:
-        ValueError: if Hydra cannot compose it, or it describes no autoencoder.
-    """
-    if option not in options():
-        raise ValueError(
-            f"there is no autoencoder {option}; allowed options: {', '.join(options())}; change --autoencoder"
-        )
-    register()
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose("config", [f"autoencoder={option}", *overrides])
-        if missing := [key for key in missing_keys(cfg) if key.startswith(PREFIX)]:
-            raise ValueError(f"`{missing[0]}` has no value; allowed is any that it takes; give it one with --override")
-        node = OmegaConf.to_container(OmegaConf.select(cfg, "autoencoder"), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(
-            f"the autoencoder cannot be composed ({str(error).splitlines()[0]}); allowed are overrides "
-            f"{PREFIX}KEY=VALUE of the keys in conf/autoencoder/{option}.yaml; change --override"
-        ) from error
-    return checked(node, "--autoencoder or --override")
-
-
-def checked(node: object, remedy: str) -> dict[str, Any]:
-    """A config node from wherever, if its keys and types are those of an autoencoder; else a `ValueError`."""
-    check_targets(node)  # first: the check of types imports the classes that the node names
-    try:
-        mistakes = unknown_keys(OmegaConf.create({"autoencoder": node}))
-    except OmegaConfBaseException as error:
-        mistakes = [f"it is no config: {str(error).splitlines()[0]}"]
-    if mistakes:
-        raise ValueError(f"the autoencoder cannot be built: {'; '.join(mistakes)}; change {remedy}")
-    assert isinstance(node, dict)
-    return node
-
-
-def options() -> list[str]:
-    """The options of conf/autoencoder."""
-    return sorted(path.stem for path in (conf_dir() / "autoencoder").glob("*.yaml"))
-
-
-def _tensors_in(folder: Path) -> Path:
-    """The file of a diffusers folder that holds the tensors."""
-    if found := [folder / name for name in diffusers.TENSORS_READ if (folder / name).is_file()]:
-        return found[0]
-    raise FileNotFoundError(
-        f"{folder} holds {', '.join(sorted(path.name for path in folder.iterdir()))}, so its tensors cannot be read; "
-        f"allowed: {' or '.join(diffusers.TENSORS_READ)}; fetch one of them, or change SOURCE"
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); allowed is the vae/ folder of a diffusers model; change SOURCE"
-        ) from error
-    return content
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """Tensors and metadata of a safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); allowed is a complete safetensors file; change SOURCE, or fetch it again"
-        ) from error
+    return AUTOENCODER.described(source.autoencoder, source.overrides, config, source.path)
 
 
 def write(target: Path, target_format: str, node: Mapping[str, Any], autoencoder: Autoencoder) -> None:
@@ -333,7 +241,7 @@ def source_of(arguments: argparse.Namespace, path: Path) -> Source:
     if arguments.override and arguments.autoencoder is None:
         raise ValueError(
             f"--override {arguments.override[0]} changes an option of conf/autoencoder, and none is named; allowed: "
-            f"{', '.join(options())}; add --autoencoder, or leave --override out"
+            f"{', '.join(AUTOENCODER.options)}; add --autoencoder, or leave --override out"
         )
     if strangers := [text for text in arguments.override if not text.lstrip("+~").startswith(PREFIX)]:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Fetch published weights that metrics and losses need and that nothing else here ever downloads.
+"""Fetch published weights that metrics, losses and text encoders need and that nothing else here ever downloads.
 
     python tools/fetch_weights.py --list
     python tools/fetch_weights.py vgg16                            # into torch's cache, where LPIPS looks
-    python tools/fetch_weights.py vgg16 inception --directory weights
+    python tools/fetch_weights.py inception clip_l14 --directory weights
 
 A file is checked against the SHA-256 prefix in its name and appears under that name only when it is whole. Machines
 without a network: run this where there is one, and copy the files into the same folder.
@@ -36,27 +36,42 @@ class Weights:
     """One published file.
 
     Attributes:
-        file: its name, which ends in the first eight hexadecimal digits of its SHA-256.
-        folder: the address it is published in.
+        file: its name here and in mirrors, which ends in the first eight hexadecimal digits of its SHA-256.
+        address: where it is published, under that name or another.
         megabytes: its size.
         reader: what reads it, and the config key that names its path.
     """
 
     file: str
-    folder: str
+    address: str
     megabytes: float
     reader: str
 
 
 WEIGHTS = {
     "vgg16": Weights(
-        VGG16_FILE, "https://download.pytorch.org/models", 553.4, "LPIPS: perceptual.backbone (null: torch's cache)"
+        VGG16_FILE,
+        f"https://download.pytorch.org/models/{VGG16_FILE}",
+        553.4,
+        "LPIPS: perceptual.backbone (null: torch's cache)",
     ),
     "inception": Weights(
         INCEPTION_FILE,
-        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0",
+        f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}",
         95.6,
         "FID: inception_weights of callbacks.samples.extractor, callbacks.reconstruction_distance.extractor",
+    ),
+    "clip_l14": Weights(
+        "clip-vit-l-14-openai-a2bf730a.safetensors",
+        "https://huggingface.co/openai/clip-vit-large-patch14/resolve/main/model.safetensors",
+        1710.5,
+        "the text encoder of conditioner=clip_l14: conditioner.encoder.weights",
+    ),
+    "openclip_h14": Weights(
+        "clip-vit-h-14-laion2b-9a78ef8e.bin",
+        "https://huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K/resolve/main/open_clip_pytorch_model.bin",
+        3944.7,
+        "the text encoder of conditioner=openclip_h14: conditioner.encoder.weights",
     ),
 }
 
@@ -67,7 +82,7 @@ def fetch(weights: Weights, directory: Path, mirror: str | None, console: Consol
     Args:
         weights: what to fetch.
         directory: where to; made if need be.
-        mirror: address of a folder with the same files, instead of the published one.
+        mirror: address of a folder with the same files under the names they have here, instead of the published one.
         console: shows the progress.
 
     Returns:
@@ -83,7 +98,7 @@ def fetch(weights: Weights, directory: Path, mirror: str | None, console: Consol
     if path.is_file() and is_published(path, path.name):
         console.print(f"{path} is there and whole", markup=False, highlight=False, soft_wrap=True)
         return path
-    address = f"{(mirror or weights.folder).rstrip('/')}/{weights.file}"
+    address = f"{mirror.rstrip('/')}/{weights.file}" if mirror else weights.address
     with atomic_write(path) as temporary:
         try:
             download(address, temporary, console)
@@ -116,7 +131,7 @@ def download(address: str, target: Path, console: Console) -> None:
 
 def is_published(path: Path, name: str) -> bool:
     """Whether the SHA-256 of a file begins with the digits at the end of a published name."""
-    prefix = re.search(r"-([0-9a-f]{8,})\.pth$", name)
+    prefix = re.search(r"-([0-9a-f]{8,})\.(pth|bin|safetensors)$", name)
     if prefix is None:
         raise ValueError(f"the name {name} says no digest; allowed are names like vgg16-397923af.pth; see WEIGHTS")
     with path.open("rb") as file:

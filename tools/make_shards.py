@@ -4,8 +4,10 @@
     python tools/make_shards.py photos.csv --output shards/ --image-field file  a .csv, .jsonl or .parquet table
     python tools/make_shards.py laion/ --output shards/ --resize 512            an img2dataset folder, tars or files
 
-Images are copied byte for byte unless --resize or --format changes them. Each refused input is named with its reason,
-here and in `refused.jsonl`. The output appears only when it is complete, and the same input gives the same bytes.
+Images are copied byte for byte unless --resize or --format changes them. A segmentation map (.seg.png, as large as the
+upright image) goes with its image and is resized with it, without mixing classes. Each refused input is named with its
+reason, here and in `refused.jsonl`. The output appears only when it is complete, and the same input gives the same
+bytes.
 """
 
 import argparse
@@ -41,6 +43,7 @@ ENCODINGS: dict[str, tuple[str, dict[str, int]]] = {
     "webp-lossless": ("WEBP", {"method": 6, "lossless": 1}),
 }
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+ORIENTATION = 0x0112  # the EXIF tag; from 5 on the image lies on its side
 # What PIL's readers raise on damaged files.
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
@@ -79,6 +82,7 @@ def prepare(source: Source, rules: ImageRules) -> ShardSample | Refusal:
         original = source.image.read()
         image = open_image(original, rules)
         data, extension, (width, height) = encode(original, image, rules)
+        segmentation = segmentation_map(source, image, rules)
     except UnusableSourceError as error:
         return Refusal(source.name, str(error))
     except UnicodeEncodeError:
@@ -90,7 +94,7 @@ def prepare(source: Source, rules: ImageRules) -> ShardSample | Refusal:
     facts: dict[str, Any] = {"url": None, "original_width": image.width, "original_height": image.height}
     facts |= {k: v for k, v in metadata.items() if k != rules.caption_field}
     facts |= {"width": width, "height": height, "sha256": hashlib.sha256(original).hexdigest(), "source": source.name}
-    return ShardSample(data, extension, caption, facts)
+    return ShardSample(data, extension, caption, facts, segmentation)
 
 
 def open_image(data: bytes, rules: ImageRules) -> Image.Image:
@@ -106,7 +110,7 @@ def open_image(data: bytes, rules: ImageRules) -> Image.Image:
 
 def encode(original: bytes, image: Image.Image, rules: ImageRules) -> tuple[bytes, str, tuple[int, int]]:
     """The member's bytes, extension and (width, height); the original's where nothing is to change."""
-    shrink = rules.resize is not None and min(image.size) > rules.resize
+    shrink = is_to_shrink(image, rules)
     name = EXTENSIONS[image.format or ""]
     if not shrink and rules.format.split("-")[0] in ("keep", name):
         return original, name, image.size
@@ -122,6 +126,34 @@ def encode(original: bytes, image: Image.Image, rules: ImageRules) -> tuple[byte
     return buffer.getvalue(), EXTENSIONS[encoding], picture.size
 
 
+def segmentation_map(source: Source, image: Image.Image, rules: ImageRules) -> bytes | None:
+    """The source's segmentation map, at the size that its image will have when it stands upright; None if none."""
+    if source.segmentation is None:
+        return None
+    data = source.segmentation.read()
+    lies = image.getexif().get(ORIENTATION, 1) >= 5
+    width, height = reversed(image.size) if lies else image.size
+    try:
+        classes = Image.open(io.BytesIO(data), formats=("PNG",))
+        if classes.size == (width, height):  # else it may be huge
+            classes.load()
+    except DAMAGE as error:
+        raise UnusableSourceError(f"unreadable .seg.png: {error}") from error
+    if classes.size != (width, height) or len(classes.getbands()) != 1:
+        found = f"{classes.width} x {classes.height}, {classes.mode}"
+        raise UnusableSourceError(f"its .seg.png is {found}; it must be {width} x {height} of one channel")
+    if not is_to_shrink(image, rules):
+        return data
+    buffer = io.BytesIO()
+    classes.resize(scaled((width, height), rules.resize or 0), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def is_to_shrink(image: Image.Image, rules: ImageRules) -> bool:
+    """Whether --resize changes an image."""
+    return rules.resize is not None and min(image.size) > rules.resize
+
+
 def upright(image: Image.Image) -> Image.Image:
     """As RGB or RGBA, turned as its EXIF says."""
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip instead of scale
@@ -132,11 +164,16 @@ def upright(image: Image.Image) -> Image.Image:
 
 def shrunk(image: Image.Image, side: int) -> Image.Image:
     """The short side at `side` pixels; colour is averaged in proportion to alpha, so that edges get no fringe."""
-    scale = side / min(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
+    size = scaled(image.size, side)
     if image.mode == "RGBA":
         return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def scaled(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """A width and height in proportion, the smaller of them at `side`."""
+    scale = side / min(size)
+    return round(size[0] * scale), round(size[1] * scale)
 
 
 def prepared(sources: Iterable[Source], rules: ImageRules, workers: int) -> Iterator[ShardSample | Refusal]:

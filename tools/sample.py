@@ -3,6 +3,9 @@
     python tools/sample.py --checkpoint runs/demo/default/checkpoints/last.ckpt --prompt "red apple, a fruit food emoji"
     python tools/sample.py --checkpoint ... --prompts-file prompts.txt --per-prompt 4 --guidance 5 --output pictures/
     python tools/sample.py --checkpoint ... --prompt "..." --lora runs/demo_lora/default/lora/adapters.safetensors
+    python tools/sample.py --checkpoint ... --prompt "..." --sampler dpm_solver --steps 15 --negative "a face"
+    python tools/sample.py --checkpoint ... --prompt "..." --image photo.png --strength 0.6
+    python tools/sample.py --checkpoint ... --prompt "..." --image photo.png --mask hole.png
 
 The checkpoint is one of stage 2 or of a LoRA run; averaged weights are taken where it has them. Image i is made from
 the seed `--seed` + i, whatever the batch. Each is a PNG that says in its text fields how it was made; `grid.png` shows
@@ -26,14 +29,30 @@ from torch import Tensor
 from ldm_train.batch import ImageTextBatch
 from ldm_train.callbacks.drawing import Tile, captioned_grid
 from ldm_train.checkpoint import digest
-from ldm_train.conditioning import Conditioner, TransformerTextConditioner
+from ldm_train.conditioning import Conditioner, TextConditioner
 from ldm_train.config import load_run
-from ldm_train.diffusion import ClassifierFreeGuidance, DDIMSampler
+from ldm_train.data.transforms import crop_square, decode_rgb, resize
+from ldm_train.diffusion import (
+    ClassifierFreeGuidance,
+    DDIMSampler,
+    DDPMSampler,
+    DPMSolverSampler,
+    EulerSampler,
+    HeunSampler,
+    Sampler,
+)
 from ldm_train.metrics import to_uint8
 from ldm_train.nn import inject_lora, load_lora_state_dict, lora_layers, lora_shape
-from ldm_train.stages import LatentDiffusion, LoRAFineTuning
+from ldm_train.stages import LatentDiffusion, LoRAFineTuning, Original
 
 SHOWN = 64  # images on the grid
+SAMPLERS: dict[str, type[Sampler]] = {
+    "ddim": DDIMSampler,
+    "ddpm": DDPMSampler,
+    "euler": EulerSampler,
+    "heun": HeunSampler,
+    "dpm_solver": DPMSolverSampler,
+}
 
 
 @dataclass(frozen=True)
@@ -59,12 +78,23 @@ def load_stage(checkpoint: Path) -> tuple[LatentDiffusion, int]:
     return stage, int(cfg.image_size)
 
 
-def set_sampling(stage: LatentDiffusion, steps: int | None, eta: float | None, guidance: float | None) -> None:
-    """Sample as told, and as the stage's config says where nothing is told."""
-    old = stage.sampler
-    steps, eta = old.num_steps if steps is None else steps, old.eta if eta is None else eta
-    stage.sampler = DDIMSampler(steps, eta, old.spacing, old.clip_x_0)
-    stage.guidance = ClassifierFreeGuidance(stage.guidance.scale if guidance is None else guidance)
+def set_sampling(stage: LatentDiffusion, arguments: argparse.Namespace) -> None:
+    """Sample as told, and as the stage's config says where nothing is told.
+
+    Raises:
+        ValueError: if the sampler has no such setting, or the setting no such value.
+    """
+    old, guidance = stage.sampler, stage.guidance
+    kind = type(old) if arguments.sampler is None else SAMPLERS[arguments.sampler]
+    steps = old.num_steps if arguments.steps is None else arguments.steps
+    own = {} if kind is not DDIMSampler else {"eta": getattr(old, "eta", 0.0)}
+    if arguments.eta is not None:
+        if kind is not DDIMSampler:
+            raise ValueError(f"--eta is {arguments.eta}, which {kind.__name__} has not; allowed with --sampler ddim")
+        own["eta"] = arguments.eta
+    stage.sampler = kind(steps, spacing=old.spacing, clip_x_0=old.clip_x_0, final_alpha=old.final_alpha, **own)
+    scale = guidance.scale if arguments.guidance is None else arguments.guidance
+    stage.guidance = ClassifierFreeGuidance(scale, guidance.rescale, guidance.interval)
 
 
 def add_lora(stage: LatentDiffusion, path: Path, console: Console) -> None:
@@ -107,16 +137,59 @@ def scale_lora(stage: LatentDiffusion, scale: float) -> None:
         layer.alpha *= scale
 
 
-def cut_off(conditioner: Conditioner, prompt: str) -> str:
-    """The end of a prompt that the text encoder does not see, as its tokenizer spells it; empty if it sees all."""
-    if not isinstance(conditioner, TransformerTextConditioner):
-        return ""
-    tokenizer = conditioner.tokenizer
-    kept = (tokenizer.context_length or 0) - 2  # start and end marks take one token each
-    return tokenizer.decode(tokenizer.encode(prompt)[kept:]).strip()
+def refuse_if_cut(conditioner: Conditioner, prompt: str) -> None:
+    """Raises ValueError if a text encoder would not see the whole prompt."""
+    for part in conditioner.modules():
+        if isinstance(part, TextConditioner) and (count := part.token_count(prompt)) > part.context_length:
+            kept = part.context_length - 2  # start and end marks take one token each
+            unseen = part.tokenizer.decode(part.tokenizer.encode(prompt)[kept:]).strip()
+            raise ValueError(
+                f"the prompt {prompt!r} has {count} tokens; the text encoder takes {part.context_length} and would not "
+                f"see {unseen!r}; shorten --prompt"
+            )
 
 
-def generate(stage: LatentDiffusion, size: int, requests: list[Request], batch_size: int) -> Iterator[Tensor]:
+def read_square(path: Path, size: int, option: str) -> Tensor:
+    """The middle of a picture: (3, size, size) in [-1, 1].
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no picture.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture at {path}; allowed is a file; change {option}")
+    try:
+        pixels = decode_rgb(path.read_bytes(), max_pixels=1 << 28)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); allowed is a picture; change {option}") from error
+    return resize(crop_square(pixels), size).float() / 127.5 - 1.0
+
+
+def original(arguments: argparse.Namespace, size: int) -> Original | None:
+    """What generation begins with: one image, and the mask of what of it must stay.
+
+    Raises:
+        FileNotFoundError: if a picture is not there.
+        ValueError: if it is none, or a strength or a mask has no image to be of.
+    """
+    if arguments.image is None:
+        if arguments.mask is not None or arguments.strength is not None:
+            raise ValueError("--mask or --strength is given without a picture; allowed with one; give --image")
+        return None
+    hole = None if arguments.mask is None else read_square(arguments.mask, size, "--mask").mean(0, keepdim=True) > 0.0
+    known = None if hole is None else (~hole).float()
+    strength = (1.0 if known is not None else 0.6) if arguments.strength is None else arguments.strength
+    return Original(read_square(arguments.image, size, "--image"), strength, known)
+
+
+def generate(
+    stage: LatentDiffusion,
+    size: int,
+    requests: list[Request],
+    batch_size: int,
+    negative: str | None = None,
+    start: Original | None = None,
+) -> Iterator[Tensor]:
     """The requested images in order: (3, size, size) bytes on the CPU."""
     for begin in range(0, len(requests), batch_size):
         part = requests[begin : begin + batch_size]
@@ -125,10 +198,23 @@ def generate(stage: LatentDiffusion, size: int, requests: list[Request], batch_s
             image=torch.zeros(len(part), 3, size, size, device=stage.device),
             caption=[request.prompt for request in part],
             sample_id=seeds,
+            position=torch.arange(begin, begin + len(part), device=stage.device),
             epoch=0,
             key=[f"seed {request.seed}" for request in part],
         )
-        yield from to_uint8(stage.generate(batch, seeds)).cpu()
+        away = None if negative is None else batch | {"caption": [negative] * len(part)}
+        yield from to_uint8(stage.generate(batch, seeds, away, repeated(start, len(part), stage.device))).cpu()
+
+
+def repeated(start: Original | None, count: int, device: torch.device) -> Original | None:
+    """The one image and mask, `count` times."""
+    if start is None:
+        return None
+    image, known = (
+        None if entry is None else entry.to(device).expand(count, *entry.shape) for entry in (start.image, start.known)
+    )
+    assert image is not None
+    return Original(image, start.strength, known)
 
 
 def save_image(image: Tensor, path: Path, settings: dict[str, object]) -> None:
@@ -148,33 +234,46 @@ def sample(arguments: argparse.Namespace, console: Console) -> None:
     """
     prompts = [*arguments.prompt, *read_prompts(arguments.prompts_file)]
     stage, size = load_stage(arguments.checkpoint)
-    set_sampling(stage, arguments.steps, arguments.eta, arguments.guidance)
+    set_sampling(stage, arguments)
+    start = original(arguments, size)
     if arguments.lora is not None:
         add_lora(stage, arguments.lora, console)
     scale_lora(stage, arguments.lora_scale)
-    for prompt in prompts:
-        if cut := cut_off(stage.conditioner, prompt):
-            warn(console, f"the prompt {prompt!r} is too long for the text encoder, which does not see {cut!r}")
+    for prompt in [*prompts, *([] if arguments.negative is None else [arguments.negative])]:
+        refuse_if_cut(stage.conditioner, prompt)
     stage = stage.to(arguments.device).eval()
-    repeated = [prompt for prompt in prompts for _ in range(arguments.per_prompt)]
-    requests = [Request(prompt, arguments.seed + i) for i, prompt in enumerate(repeated)]
-    shared = {
-        "checkpoint": arguments.checkpoint,
-        "steps": stage.sampler.num_steps,
-        "guidance": stage.guidance.scale,
-        "eta": stage.sampler.eta,
-    }
+    wanted = [prompt for prompt in prompts for _ in range(arguments.per_prompt)]
+    requests = [Request(prompt, arguments.seed + i) for i, prompt in enumerate(wanted)]
+    shared = settings_of(stage, arguments, start)
     if any(lora_layers(stage.denoiser.network)):
         shared |= {"lora": arguments.lora or "in the checkpoint", "lora_scale": arguments.lora_scale}
     arguments.output.mkdir(parents=True, exist_ok=True)
     tiles = []
-    images = generate(stage, size, requests, arguments.batch)
+    images = generate(stage, size, requests, arguments.batch, arguments.negative, start)
     for i, image in enumerate(track(images, "images", len(requests), console=console)):
         settings = {"prompt": requests[i].prompt, "seed": requests[i].seed, **shared}
         save_image(image, arguments.output / f"{i:05d}.png", settings)
         tiles += [Tile(image, requests[i].prompt)] if i < SHOWN else []
     title = ", ".join(f"{name} {value}" for name, value in shared.items())
     captioned_grid(tiles, title, columns=min(8, len(tiles))).save(arguments.output / "grid.png")
+
+
+def settings_of(stage: LatentDiffusion, arguments: argparse.Namespace, start: Original | None) -> dict[str, object]:
+    """What all images have in common, for people to read."""
+    settings: dict[str, object] = {
+        "checkpoint": arguments.checkpoint,
+        "sampler": next(name for name, kind in SAMPLERS.items() if type(stage.sampler) is kind),
+        "steps": stage.sampler.num_steps,
+        "guidance": stage.guidance.scale,
+    }
+    if isinstance(stage.sampler, DDIMSampler):
+        settings["eta"] = stage.sampler.eta
+    if arguments.negative is not None:
+        settings["negative"] = arguments.negative
+    if start is not None:
+        settings |= {"image": arguments.image, "strength": start.strength}
+        settings |= {} if arguments.mask is None else {"mask": arguments.mask}
+    return settings
 
 
 def read_prompts(path: Path | None) -> list[str]:
@@ -216,6 +315,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lora", type=Path, help="adapters of a LoRA run (.safetensors)")
     add("--lora-scale", type=float, default=1.0, help="how much of them: 0 none, 1 as trained (default: %(default)s)")
     add("--steps", type=positive, help="denoising steps (default: as in the run's config)")
+    add("--sampler", choices=list(SAMPLERS), help="(default: as in the run's config)")
+    add("--negative", help="what the pictures should not show; needs a guidance scale other than 1")
+    add("--image", type=Path, help="a picture to begin with")
+    add("--strength", type=float, help="how much of it is given up, up to 1 (default: 0.6, with --mask 1)")
+    add("--mask", type=Path, help="a picture that is white where something new is wanted; all else stays")
     add("--guidance", type=float, help="classifier-free guidance scale, 1 is none (default: as in the run's config)")
     add("--eta", type=float, help="0 DDIM to 1 ancestral (default: as in the run's config)")
     add("--seed", type=int, default=0, help="of the first image; the i-th after it has seed + i (default: %(default)s)")

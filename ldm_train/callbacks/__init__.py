@@ -11,6 +11,8 @@ from ldm_train.callbacks.generation import SampleEvaluation
 from ldm_train.callbacks.guards import NonFiniteGuard, NonFiniteLossError
 from ldm_train.callbacks.health import AutoencoderHealth
 from ldm_train.callbacks.image_grid import AdapterGrid, ReconstructionGrid
+from ldm_train.callbacks.likelihood import LikelihoodEvaluation
+from ldm_train.callbacks.loss_by_time import LossByTime
 from ldm_train.callbacks.progress import progress_bar
 from ldm_train.callbacks.reconstruction import ReconstructionFrechet
 from ldm_train.callbacks.summary import RunSummary
@@ -24,6 +26,8 @@ __all__ = [
     "CheckpointWriter",
     "EMACallback",
     "LatentCalibration",
+    "LikelihoodEvaluation",
+    "LossByTime",
     "MetricsCSV",
     "NonFiniteGuard",
     "NonFiniteLossError",

@@ -6,7 +6,7 @@ with Pillow: the same on every machine, but without accents, which are left out.
 """
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,31 @@ def labelled_rows(
                 draw.text((x + width / 2, y + height + 3 + i * line), text, fill=_INK, font=small, anchor="ma")
         y += height + text_height + _GAP
     return sheet
+
+
+def blocks_of_rows(
+    images: Mapping[str, Tensor], captions: Sequence[str] = (), columns: int = 8
+) -> tuple[list[list[Tile]], list[str]]:
+    """Several kinds of the same pictures for `labelled_rows`: one kind above the other, block below block.
+
+    Args:
+        images: kind -> (N, 3, H, W) bytes; the kind becomes the row's label.
+        captions: N texts under the last kind, or none.
+        columns: the most tiles of a row.
+
+    Returns:
+        The rows and their labels.
+    """
+    rows, labels = [], []
+    kinds = list(images)
+    for start in range(0, len(images[kinds[0]]), columns):
+        texts = captions[start : start + columns]
+        for kind in kinds:
+            block = images[kind][start : start + columns].cpu()
+            under = texts if kind == kinds[-1] and texts else [""] * len(block)
+            rows.append([Tile(image, text) for image, text in zip(block, under, strict=True)])
+            labels.append(kind)
+    return rows, labels
 
 
 def _tile_size(height: int, width: int) -> tuple[int, int]:

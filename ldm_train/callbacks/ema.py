@@ -26,10 +26,13 @@ class EMACallback(L.Callback):
     Args:
         decay: the average's decay per optimizer step; null with `half_life_images`.
         half_life_images: the images after which old weights count half; null with `decay`. Both null: no average.
+        device: `cpu` keeps the averages on the host, which spares a GPU's memory; null keeps them beside the weights.
     """
 
-    def __init__(self, decay: float | None = 0.9999, half_life_images: float | None = None) -> None:
-        self.decay, self.half_life_images = decay, half_life_images
+    def __init__(
+        self, decay: float | None = 0.9999, half_life_images: float | None = None, device: str | None = None
+    ) -> None:
+        self.decay, self.half_life_images, self.device = decay, half_life_images, device
         self.average: ExponentialMovingAverage | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._swapped = ExitStack()
@@ -104,7 +107,7 @@ class EMACallback(L.Callback):
         if self.average is None:
             # What no picture depends on, as the discriminator of stage 1, needs no average.
             without = getattr(pl_module, "not_averaged", ())
-            self.average = ExponentialMovingAverage(pl_module, self.decay, self.half_life_images, without)
+            self.average = ExponentialMovingAverage(pl_module, self.decay, self.half_life_images, without, self.device)
         if self._loaded is not None:
             self.average.load_state_dict(self._loaded)
             self._loaded = None

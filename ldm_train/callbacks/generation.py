@@ -10,15 +10,16 @@ whether a model learns; a validation split can be small or lack whole subjects o
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import move_data_to_device
+from PIL import Image
 from torch import Tensor
 
 from ldm_train.batch import ImageTextBatch
-from ldm_train.callbacks.drawing import Tile, captioned_grid
+from ldm_train.callbacks.drawing import Tile, blocks_of_rows, captioned_grid, labelled_rows
 from ldm_train.callbacks.ema import evaluation_weights
 from ldm_train.callbacks.progress import subtask
 from ldm_train.callbacks.tracking import log_metrics, save_picture
@@ -112,24 +113,23 @@ class SampleEvaluation(L.Callback):
             metric.to(pl_module.device)
             metric.reset()
         self._prepare_reference(trainer, pl_module)
-        tiles = self._generate(trainer, pl_module)
+        sheet = self._generate(trainer, pl_module)
         retrieval = self.retrieval.compute()
         metrics = {fid_key(self.distance.extractor): self.distance.compute()}
         metrics |= {f"val/{name}": value for name, value in retrieval.items()}
         log_metrics(trainer, metrics, step)
         shown = ", ".join(f"{key.removeprefix('val/')} {value:.3g}" for key, value in metrics.items())
         if trainer.is_global_zero:
-            title = f"Step {step}: {len(tiles)} images generated from their captions. {shown}"
-            save_picture(trainer, captioned_grid(tiles, title), self.path(step), "val/samples", step)
+            save_picture(trainer, sheet.drawn(f"Step {step}. {shown}"), self.path(step), "val/samples", step)
             print(f"step {step}: {shown}; {self.path(step)}", flush=True)
 
     def path(self, step: int) -> Path:
         """The sheet of a step."""
         return self.directory / f"step_{step:07d}.png"
 
-    def _generate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[Tile]:
-        """Feeds both metrics with this rank's images and returns the sheet's tiles of all ranks."""
-        tiles: list[Tile] = []
+    def _generate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> "_Sheet":
+        """Feeds both metrics with this rank's images and returns the sheet of all ranks."""
+        sheet = _Sheet()
         count = self._count(trainer)
         with evaluation_weights(trainer, pl_module), subtask(trainer, "images generated", count) as advance:
             for rows, whole in _batches_of_rank(trainer, count, self.batch_size):
@@ -138,16 +138,15 @@ class SampleEvaluation(L.Callback):
                 if rows:
                     images[rows] = generated(trainer, pl_module, own)
                     self.distance.update(images[rows], real=False)
-                paired = [row for row in rows if len(tiles) + row < self.num_pairs]
+                paired = [row for row in rows if len(sheet) + row < self.num_pairs]
                 if paired:
                     self.retrieval.update(images[paired], whole["image"][paired].to(pl_module.device))
-                shown = self.num_pairs - len(tiles)
-                if shown > 0:
+                shown = list(range(len(images)))[: self.num_pairs - len(sheet)]
+                if shown:
                     # Each image was made by one rank, the others hold zeros in its place: the sum is all of them.
-                    together = all_reduce_sum(images[:shown]).cpu()
-                    tiles += [Tile(image, text) for image, text in zip(together, whole["caption"], strict=False)]
+                    sheet.add(pl_module, _select(whole, shown), all_reduce_sum(images[shown]).cpu())
                 advance(len(whole["caption"]))
-        return tiles
+        return sheet
 
     def _count(self, trainer: L.Trainer) -> int:
         """Images to generate: no more than a limited validation sees; a limit of 0 only switches its loop off."""
@@ -184,6 +183,36 @@ class SampleEvaluation(L.Callback):
         }
 
 
+class _Sheet:
+    """Generated images with their captions; beside the images they were made from, if these are their conditions."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, list[Tensor]] = {"condition": [], "generated": [], "image": []}
+        self.captions: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def add(self, pl_module: L.LightningModule, batch: ImageTextBatch, images: Tensor) -> None:
+        """A batch and what was generated for it, (B, 3, H, W) bytes on the host."""
+        batch = move_data_to_device(batch, pl_module.device)
+        shown = pl_module.conditioner.show(batch, pl_module.autoencoder)  # type: ignore[union-attr, operator]
+        if shown is not None:
+            self.images["condition"] += to_uint8(shown).cpu()
+            self.images["image"] += to_uint8(batch["image"]).cpu()
+        self.images["generated"] += images
+        self.captions += pl_module.conditioner.describe(batch)  # type: ignore[union-attr, operator]
+
+    def drawn(self, title: str) -> Image.Image:
+        """The sheet under a title."""
+        title = f"{title}, {len(self)} images generated from their conditions"
+        if not self.images["condition"]:
+            tiles = [Tile(image, text) for image, text in zip(self.images["generated"], self.captions, strict=True)]
+            return captioned_grid(tiles, title)
+        kinds = {kind: torch.stack(images) for kind, images in self.images.items()}
+        return labelled_rows(*blocks_of_rows(kinds), title)
+
+
 def generated(trainer: L.Trainer, pl_module: L.LightningModule, batch: ImageTextBatch) -> Tensor:
     """One image per caption, seeded by its sample id, as bytes (B, 3, H, W) on the module's device."""
     batch = move_data_to_device(batch, pl_module.device)
@@ -202,10 +231,10 @@ def _batches_of_rank(trainer: L.Trainer, count: int, batch_size: int) -> Iterato
 
 def _select(batch: ImageTextBatch, rows: Sequence[int]) -> ImageTextBatch:
     """A batch of some of a batch's samples."""
-    return ImageTextBatch(
-        image=batch["image"][rows],
-        caption=[batch["caption"][row] for row in rows],
-        sample_id=batch["sample_id"][rows],
-        epoch=batch["epoch"],
-        key=[batch["key"][row] for row in rows],
-    )
+
+    def of(entry: object) -> object:
+        if isinstance(entry, Tensor):
+            return entry[list(rows)]
+        return [entry[row] for row in rows] if isinstance(entry, list) else entry
+
+    return cast(ImageTextBatch, {name: of(entry) for name, entry in batch.items()})

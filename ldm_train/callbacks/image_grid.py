@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from ldm_train.batch import ImageTextBatch
-from ldm_train.callbacks.drawing import Tile, labelled_rows
+from ldm_train.callbacks.drawing import blocks_of_rows, labelled_rows
 from ldm_train.callbacks.ema import evaluation_weights
 from ldm_train.callbacks.generation import generated
 from ldm_train.callbacks.tracking import save_picture
 from ldm_train.metrics import to_uint8
-
-_COLUMNS = 8
 
 
 class ReconstructionGrid(L.Callback):
@@ -62,7 +60,7 @@ class ReconstructionGrid(L.Callback):
         images, decoded = (torch.cat(side) for side in zip(*pairs, strict=True))
         step = self._loaded_step if trainer.state.fn == "validate" else trainer.global_step
         title = f"Step {step}: validation images above their reconstructions"
-        picture = labelled_rows(*_interleaved({"image": images, "decoded": decoded}, []), title)
+        picture = labelled_rows(*blocks_of_rows({"image": images, "decoded": decoded}, []), title)
         save_picture(trainer, picture, self.directory / f"step_{step:07d}.png", "val/reconstructions", step)
 
 
@@ -98,19 +96,5 @@ class AdapterGrid(L.Callback):
                 before = generated(trainer, pl_module, batch)
         images = {"reference": to_uint8(batch["image"]), "before": before, "after": after}
         title = "The same captions and noise, before and after the adapters"
-        picture = labelled_rows(*_interleaved(images, batch["caption"]), title)
+        picture = labelled_rows(*blocks_of_rows(images, batch["caption"]), title)
         save_picture(trainer, picture, self.path, "val/before_after", trainer.global_step)
-
-
-def _interleaved(images: Mapping[str, Tensor], captions: list[str]) -> tuple[list[list[Tile]], list[str]]:
-    """Rows of at most eight tiles, one row a kind, block below block; captions under a block's last row."""
-    rows, labels = [], []
-    kinds = list(images)
-    for start in range(0, len(images[kinds[0]]), _COLUMNS):
-        texts = captions[start : start + _COLUMNS]
-        for kind in kinds:
-            block = images[kind][start : start + _COLUMNS].cpu()
-            under = texts if kind == kinds[-1] and texts else [""] * len(block)
-            rows.append([Tile(image, text) for image, text in zip(block, under, strict=True)])
-            labels.append(kind)
-    return rows, labels

@@ -91,7 +91,7 @@ class ThroughputMonitor(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Logs what the step is about to use: gradients before clipping, the learning rate before its update."""
-        if not _is_logged(trainer, trainer.global_step + 1):
+        if not is_logged(trainer, trainer.global_step + 1):
             return
         groups = optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
@@ -107,7 +107,7 @@ class ThroughputMonitor(L.Callback):
         self._images += images
         # A batch inside an accumulation ends no step, and must not log the one before it once more.
         stepped, self._last_step = trainer.global_step != self._last_step, trainer.global_step
-        logged = stepped and _is_logged(trainer, trainer.global_step)
+        logged = stepped and is_logged(trainer, trainer.global_step)
         if logged and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         if self._timer.began is not None:
@@ -132,7 +132,7 @@ class ThroughputMonitor(L.Callback):
         self.images_seen = state_dict["images_seen"]
 
 
-def _is_logged(trainer: L.Trainer, step: int) -> bool:
+def is_logged(trainer: L.Trainer, step: int) -> bool:
     """Whether Lightning writes the figures of this optimizer step."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and step % every == 0

@@ -1,8 +1,9 @@
 """Conditioners: from a batch to what the network is conditioned on.
 
-The contract is one method, `forward(batch, drop) -> Conditioning`. `drop` marks the examples whose condition is to be
-replaced by the null condition, so that one network learns both p(x | c) and p(x) (Ho and Salimans 2022, algorithm 1).
-The null condition has no second definition: it is what `forward` gives when everything is dropped.
+The contract is one method, `forward(batch, first_stage, drop) -> Conditioning`. `drop` marks the examples whose
+condition is to be replaced by the null condition, so that one network learns both p(x | c) and p(x) (Ho and Salimans
+2022, algorithm 1). The null condition has no second definition: it is what `forward` gives when everything is dropped.
+The first stage is lent to conditioners that are images themselves and must become as small as the latents.
 """
 
 from abc import ABC, abstractmethod
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_train.batch import Conditioning, ImageTextBatch
+from ldm_train.nn import FirstStage
 from ldm_train.randomness import Stream, uniform
 
 
@@ -22,12 +24,18 @@ class Conditioner(nn.Module, ABC):
 
     Attributes:
         context_dim: width of the context tokens; `None` where it gives none.
+        vector_dim: width of the pooled vector; `None` where it gives none.
+        concat_channels: channels of the maps that are concatenated to the latents; 0 where it gives none.
+        frozen_parts: names of the submodules that are loaded and never trained; checkpoints leave them out.
 
     Raises:
         ValueError: if the rate is no probability.
     """
 
     context_dim: int | None = None
+    vector_dim: int | None = None
+    concat_channels: int = 0
+    frozen_parts: tuple[str, ...] = ()
 
     def __init__(self, drop_rate: float) -> None:
         super().__init__()
@@ -38,25 +46,37 @@ class Conditioner(nn.Module, ABC):
         self.drop_rate = drop_rate
 
     @abstractmethod
-    def forward(self, batch: ImageTextBatch, drop: Tensor | None = None) -> Conditioning:
+    def forward(self, batch: ImageTextBatch, first_stage: FirstStage, drop: Tensor | None = None) -> Conditioning:
         """Condition on a batch.
 
         Args:
             batch: B examples.
-            drop: (B,) bool, true where the null condition is wanted; `None` drops nothing.
+            first_stage: where the latents come from.
+            drop: (B,) bool, true where the null condition is wanted, or what `draw_drop` gives; `None` drops nothing.
 
         Returns:
             The conditioning, whose tensors have B as first dimension.
         """
 
     def draw_drop(self, seed: int, epoch: int, sample_id: Tensor) -> Tensor:
-        """Which training examples lose their condition, a function of (seed, epoch, sample id): (B,) bool."""
+        """Which training examples lose their condition, a function of (seed, epoch, sample id): (B,) bool.
+
+        A conditioner of several parts gives (B, P), a column for each.
+        """
         return uniform(seed, epoch, sample_id, Stream.CONDITION_DROP) < self.drop_rate
 
-    def null(self, batch: ImageTextBatch) -> Conditioning:
+    def null(self, batch: ImageTextBatch, first_stage: FirstStage) -> Conditioning:
         """The null condition in the shapes of a batch."""
         drop = torch.ones(len(batch["sample_id"]), dtype=torch.bool, device=batch["sample_id"].device)
-        return self(batch, drop)
+        return self(batch, first_stage, drop)
+
+    def show(self, batch: ImageTextBatch, first_stage: FirstStage) -> Tensor | None:
+        """The conditions as pictures (B, 3, H, W) in [-1, 1]; `None` where they are none."""
+        return None
+
+    def describe(self, batch: ImageTextBatch) -> list[str]:
+        """The conditions in words, for people; the captions, unless a conditioner looks at something else."""
+        return batch["caption"]
 
 
 class NoConditioner(Conditioner):
@@ -65,6 +85,6 @@ class NoConditioner(Conditioner):
     def __init__(self) -> None:
         super().__init__(drop_rate=0.0)
 
-    def forward(self, batch: ImageTextBatch, drop: Tensor | None = None) -> Conditioning:
+    def forward(self, batch: ImageTextBatch, first_stage: FirstStage, drop: Tensor | None = None) -> Conditioning:
         """An empty conditioning."""
         return Conditioning()

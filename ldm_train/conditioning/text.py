@@ -1,15 +1,23 @@
 """Text conditioners: captions to context tokens.
 
-`TransformerTextConditioner` is trained with the diffusion model, as in the first text-conditional latent diffusion
-models (Rombach et al. 2022, section 4.3.1): byte-pair tokens (open_clip's tokenizer), an embedding, a bidirectional
-transformer.
+Captions become byte-pair tokens of CLIP's vocabulary (open_clip's tokenizer), N of them with marks around:
 
-    context = LayerNorm(Transformer(E tokens + P)),   E: vocabulary x d embedding,  P: positions
+    tokens = start, caption, end, padding ...
+
+A longer caption is cut and keeps the end mark; a dropped one is the empty caption, whose tokens are start and end.
+
+`TransformerTextConditioner` is trained with the diffusion model, as in the first text-conditional latent diffusion
+models (Rombach et al. 2022, section 4.3.1): an embedding and a bidirectional transformer.
+
+    context = LayerNorm(Transformer(E tokens + P)),   E: vocabulary x D embedding,  P: positions
     vector  = mean of the context over the caption's own tokens
 
-Padding is hidden from the transformer and from the mean. A dropped caption is the empty caption.
+Padding is hidden from the transformer and from the mean. CLIP's frozen encoder is in `ldm_train.conditioning.clip`.
 Letters: B batch, N tokens, D width.
 """
+
+from abc import ABC
+from typing import NamedTuple
 
 import open_clip
 import torch
@@ -17,11 +25,70 @@ from torch import Tensor, nn
 
 from ldm_train.batch import Conditioning, ImageTextBatch
 from ldm_train.conditioning.conditioner import Conditioner
+from ldm_train.nn import FirstStage
 
+_MARKS = 2  # start and end
 _INITIAL_STD = 0.02
 
 
-class TransformerTextConditioner(Conditioner):
+class Tokens(NamedTuple):
+    """B captions as numbers.
+
+    Attributes:
+        number: (B, N) int64.
+        is_own: (B, N) bool, false for padding.
+    """
+
+    number: Tensor
+    is_own: Tensor
+
+
+class TextConditioner(Conditioner, ABC):
+    """What text conditioners share: the tokenizer, and the empty caption as their null condition.
+
+    Args:
+        context_length: N, tokens kept of a caption, start and end marks included; longer ones are cut.
+        padding: the token number after the end mark; `None` repeats the end mark.
+        drop_rate: the share of training captions replaced by the empty one.
+
+    Attributes:
+        context_length: N.
+        tokenizer: open_clip's.
+
+    Raises:
+        ValueError: if the marks alone do not fit.
+    """
+
+    def __init__(self, context_length: int, padding: int | None, drop_rate: float) -> None:
+        super().__init__(drop_rate)
+        if context_length < _MARKS:
+            raise ValueError(
+                f"context_length is {context_length}; allowed are numbers from {_MARKS}, which the start and end marks "
+                "take (77 is CLIP's); change `conditioner.context_length`"
+            )
+        self.context_length = context_length
+        self.tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=context_length)
+        self.padding = self.tokenizer.eot_token_id if padding is None else padding
+
+    def tokens(self, batch: ImageTextBatch, drop: Tensor | None, device: torch.device) -> Tokens:
+        """The captions of a batch; `drop` (B,) bool marks those replaced by the empty one."""
+        dropped = [False] * len(batch["caption"]) if drop is None else drop.tolist()
+        pairs = zip(batch["caption"], dropped, strict=True)
+        captions = [[] if is_dropped else self.tokenizer.encode(caption) for caption, is_dropped in pairs]
+        kept = self.context_length - _MARKS
+        start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
+        rows = [[start, *caption[:kept], end] for caption in captions]
+        number = torch.tensor([row + [self.padding] * (self.context_length - len(row)) for row in rows])
+        length = torch.tensor([len(row) for row in rows])
+        is_own = torch.arange(self.context_length) < length[:, None]
+        return Tokens(number.to(device), is_own.to(device))
+
+    def token_count(self, caption: str) -> int:
+        """How many tokens a caption takes, start and end marks included; above `context_length` it is cut."""
+        return len(self.tokenizer.encode(caption)) + _MARKS
+
+
+class TransformerTextConditioner(TextConditioner):
     """A text encoder trained from scratch together with the U-Net.
 
     Args:
@@ -32,6 +99,9 @@ class TransformerTextConditioner(Conditioner):
         token_dim: width of the token embedding, mapped to D by a matrix; smaller than D where most of a large
             vocabulary is rarely seen (Lan et al. 2020, section 3.1). `None` means D.
         drop_rate: the share of training captions replaced by the empty one.
+
+    Raises:
+        ValueError: if the heads do not divide the width.
     """
 
     def __init__(
@@ -43,14 +113,13 @@ class TransformerTextConditioner(Conditioner):
         token_dim: int | None = None,
         drop_rate: float = 0.1,
     ) -> None:
-        super().__init__(drop_rate)
+        super().__init__(context_length, 0, drop_rate)
         if context_dim % num_heads:
             raise ValueError(
                 f"context_dim {context_dim} cannot be split into {num_heads} heads; allowed are divisors of it; change "
                 "`conditioner.num_heads` or `conditioner.context_dim`"
             )
-        self.context_dim = context_dim
-        self.tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=context_length)
+        self.context_dim = self.vector_dim = context_dim
         token_dim = token_dim or context_dim
         self.embedding = nn.Embedding(self.tokenizer.vocab_size, token_dim)
         self.widen = nn.Linear(token_dim, context_dim, bias=False) if token_dim != context_dim else nn.Identity()
@@ -64,19 +133,11 @@ class TransformerTextConditioner(Conditioner):
         nn.init.normal_(self.embedding.weight, std=1.0 if token_dim != context_dim else context_dim**-0.5)
         nn.init.normal_(self.position, std=_INITIAL_STD)
 
-    def forward(self, batch: ImageTextBatch, drop: Tensor | None = None) -> Conditioning:
+    def forward(self, batch: ImageTextBatch, first_stage: FirstStage, drop: Tensor | None = None) -> Conditioning:
         """Encode B captions; `drop` (B,) bool marks those replaced by the empty one."""
-        captions = batch["caption"]
-        if drop is not None:
-            captions = ["" if dropped else caption for caption, dropped in zip(captions, drop.tolist(), strict=True)]
-        tokens = self.tokenizer(captions).to(self.position.device)  # (B, N)
-        # The end mark has the largest number of all tokens; what follows it is padding.
-        own = torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(dim=1, keepdim=True)  # (B, N)
-        embedded = self.widen(self.embedding(tokens)) + self.position  # (B, N, D)
-        context = self.norm(self.transformer(embedded, src_key_padding_mask=~own))
-        vector = (context * own[..., None]).sum(1) / own.sum(1, keepdim=True)
+        tokens = self.tokens(batch, drop, self.position.device)
+        embedded = self.widen(self.embedding(tokens.number)) + self.position  # (B, N, D)
+        context = self.norm(self.transformer(embedded, src_key_padding_mask=~tokens.is_own))
+        own = tokens.is_own[..., None]
+        vector = (context * own).sum(1) / own.sum(1)
         return Conditioning(context=context, vector=vector)
-
-    def token_count(self, caption: str) -> int:
-        """How many tokens a caption takes, start and end marks included; above `context_length` it is cut."""
-        return len(self.tokenizer.encode(caption)) + 2

@@ -12,7 +12,6 @@ import json
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,16 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ldm_train import distributed
 from ldm_train.batch import ImageTextBatch
-from ldm_train.data.dataset import CROPS, INTERPOLATIONS, ImageOptions, ImageTextDataset, Quarantine
+from ldm_train.data.dataset import CROPS, INTERPOLATIONS, ImageOptions, ImageTextDataset, Quarantine, Sample
 from ldm_train.data.filters import Filter
 from ldm_train.data.index import CAPTION, IMAGE, METADATA, ShardIndex, build_index, expand_shards
+from ldm_train.data.labels import Label
 from ldm_train.data.sampler import BatchRequest, Position, ShuffledOrder, TrainingSampler, ValidationSampler
+from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 
 _STATE_VERSION = 1
 _TRAINING, _VALIDATION = "training", "validation"
@@ -68,6 +68,8 @@ class ImageTextDataModule(L.LightningDataModule):
         flip: mirror half of the training images left to right.
         interpolation: `bicubic` or `bilinear`.
         caption_field: metadata field that holds the caption; None takes the `.txt`.
+        label: what says the class of a sample, see `ldm_train.data.labels`; None: batches have no `label`.
+        segmentation: where segmentation maps come from, see `ldm_train.data.segmentation`; None: batches have none.
         cache_decoded: keep decoded images in memory, in each loading process; for small data sets.
         quarantine_dir: folder for the lists of damaged shards and undecodable images; None writes none.
         max_bad_fraction: share of undecodable images at which the run stops.
@@ -93,6 +95,8 @@ class ImageTextDataModule(L.LightningDataModule):
         flip: bool = False,
         interpolation: str = "bicubic",
         caption_field: str | None = None,
+        label: Label | None = None,
+        segmentation: SegmentationMember | PixelClassifier | None = None,
         cache_decoded: bool = False,
         quarantine_dir: str | None = None,
         max_bad_fraction: float = 0.01,
@@ -109,9 +113,11 @@ class ImageTextDataModule(L.LightningDataModule):
         self.shuffle_groups, self.shuffle_window = shuffle_groups, shuffle_window
         self.max_bad_fraction, self.prefetch_factor = max_bad_fraction, prefetch_factor
         self.quarantine_dir = None if quarantine_dir is None else Path(quarantine_dir)
-        self.options = ImageOptions(image_size, crop, flip, interpolation, max_pixels, caption_field)
+        self.options = ImageOptions(
+            image_size, crop, flip, interpolation, max_pixels, caption_field, label, segmentation
+        )
         self._check_arguments()
-        self._caches: dict[str, dict[int, tuple[Tensor, str]]] = {_TRAINING: {}, _VALIDATION: {}}
+        self._caches: dict[str, dict[int, Sample]] = {_TRAINING: {}, _VALIDATION: {}}
         self._quarantines: list[Quarantine] = []
         self._restored: dict[str, Any] | None = None
         self._sampler: TrainingSampler | None = None
@@ -119,18 +125,18 @@ class ImageTextDataModule(L.LightningDataModule):
         self._processed_before = -1
 
     def _check_arguments(self) -> None:
-        options = asdict(self.options)
         for key in ("batch_size", "val_batch_size", "limit", "shuffle_groups", "shuffle_window", "prefetch_factor"):
             value = getattr(self, key)
             _check(value is None or value > 0, key, value, "positive")
         for key in ("image_size", "max_pixels"):
-            _check(options[key] > 0, key, options[key], "positive")
+            value = getattr(self.options, key)
+            _check(value > 0, key, value, "positive")
         _check(self.num_workers >= 0, "num_workers", self.num_workers, "0 (load in the main process) or more")
         _check(0 <= self.seed < 1 << 64, "seed", self.seed, "from 0 to 2^64 - 1 (it is the root key `seed`)")
         _check(0.0 <= self.val_fraction < 1.0, "val_fraction", self.val_fraction, "at least 0 and below 1")
         _check(not (self.val_fraction and self.val_shards), "val_fraction", self.val_fraction, "0 beside `val_shards`")
         _check(0.0 <= self.max_bad_fraction <= 1.0, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
-        crop, interpolation = options["crop"], options["interpolation"]
+        crop, interpolation = self.options.crop, self.options.interpolation
         _check(crop in CROPS, "crop", crop, f"one of {CROPS}")
         _check(interpolation in INTERPOLATIONS, "interpolation", interpolation, f"one of {INTERPOLATIONS}")
         _check(crop == "center" or not self.cache_decoded, "crop", crop, "center beside `cache_decoded`")
@@ -162,8 +168,12 @@ class ImageTextDataModule(L.LightningDataModule):
         return training, validation
 
     def _build(self, shards: str | Sequence[str], key: str) -> ShardIndex:
-        required = (IMAGE, CAPTION if self.options.caption_field is None else METADATA)
-        return build_index(expand_shards(shards, key), required).filtered(self.filters)
+        required = {IMAGE, CAPTION if self.options.caption_field is None else METADATA}
+        if self.options.label is not None:
+            required.add(METADATA)
+        source = self.options.segmentation
+        extension = source.extension if isinstance(source, SegmentationMember) else None
+        return build_index(expand_shards(shards, key), sorted(required), extension).filtered(self.filters)
 
     @property
     def train_index(self) -> ShardIndex:
@@ -252,7 +262,8 @@ class ImageTextDataModule(L.LightningDataModule):
         """
         rows = np.argsort(self.train_index.key_hash("reference"), kind="stable")[:count]
         for begin in range(0, len(rows), batch_size):
-            yield self._references[BatchRequest(0, rows[begin : begin + batch_size])]
+            positions = np.arange(begin, min(begin + batch_size, len(rows)))
+            yield self._references[BatchRequest(0, rows[positions], positions)]
 
     @cached_property
     def _references(self) -> ImageTextDataset:

@@ -9,16 +9,19 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from ldm_train.batch import ImageTextBatch
-from ldm_train.data.index import CAPTION, IMAGE, ShardIndex
+from ldm_train.data.index import CAPTION, IMAGE, SEGMENTATION, ShardIndex
+from ldm_train.data.labels import Label
 from ldm_train.data.sampler import BatchRequest, substitute_rows
+from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 from ldm_train.data.shards import ShardReader, ShardReadError
-from ldm_train.data.transforms import crop_square, decode_rgb, flip_where, resize, to_signed_unit
+from ldm_train.data.transforms import crop_square, decode_rgb, flip_where, resize, resize_classes, to_signed_unit
 from ldm_train.randomness import Stream, uniform
 
 _SUBSTITUTES = 16
@@ -94,6 +97,8 @@ class ImageOptions:
         interpolation: `bicubic` or `bilinear`.
         max_pixels: the largest image that is decoded.
         caption_field: metadata field that holds the caption; None takes the `.txt`.
+        label: what says the class of a sample; None: samples have none.
+        segmentation: where segmentation maps come from; None: there are none.
     """
 
     image_size: int
@@ -102,10 +107,28 @@ class ImageOptions:
     interpolation: str = "bicubic"
     max_pixels: int = 1 << 26
     caption_field: str | None = None
+    label: Label | None = None
+    segmentation: SegmentationMember | PixelClassifier | None = None
 
     def plain(self) -> "ImageOptions":
         """The same without augmentation."""
         return replace(self, crop="center", flip=False)
+
+
+class Sample(NamedTuple):
+    """One sample as it is cached: what is the same in every epoch if nothing is cropped at random.
+
+    Attributes:
+        image: (3, H, W) uint8.
+        caption: the text.
+        label: its class, or None.
+        segmentation: (H, W) int16 class of each pixel, or None.
+    """
+
+    image: Tensor
+    caption: str
+    label: int | None
+    segmentation: Tensor | None
 
 
 class ImageTextDataset(Dataset[ImageTextBatch]):
@@ -125,7 +148,7 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         options: ImageOptions,
         seed: int,
         quarantine: Quarantine,
-        cache: dict[int, tuple[Tensor, str]] | None = None,
+        cache: dict[int, Sample] | None = None,
     ) -> None:
         self.index, self.options, self.seed, self.quarantine, self.cache = index, options, seed, quarantine, cache
         self.reader = ShardReader(index.paths)
@@ -134,26 +157,32 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         return len(self.index)
 
     def __getitem__(self, request: BatchRequest) -> ImageTextBatch:
-        epoch, wanted = request
+        epoch, wanted, positions = request
         self.quarantine.passed(len(wanted))
         rows, samples = zip(*(self._sample_or_substitute(epoch, int(row)) for row in wanted), strict=True)
         sample_id = torch.from_numpy(self.index.sample_id[list(rows)])
-        images = torch.stack([image for image, _ in samples])
-        if self.options.flip:
-            images = flip_where(images, self._draws(epoch, sample_id)[:, 1] < 0.5)
-        return ImageTextBatch(
-            image=to_signed_unit(images),
-            caption=[caption for _, caption in samples],
+        flip = self._draws(epoch, sample_id)[:, 1] < 0.5 if self.options.flip else None
+        images = torch.stack([sample.image for sample in samples])
+        batch = ImageTextBatch(
+            image=to_signed_unit(images if flip is None else flip_where(images, flip)),
+            caption=[sample.caption for sample in samples],
             sample_id=sample_id,
+            position=torch.from_numpy(positions),
             epoch=epoch,
             key=[self.index.full_key(row) for row in rows],
         )
+        if self.options.label is not None:
+            batch["label"] = torch.tensor([sample.label for sample in samples])
+        if self.options.segmentation is not None:
+            maps = torch.stack([sample.segmentation for sample in samples]).long()
+            batch["segmentation"] = maps if flip is None else flip_where(maps, flip)
+        return batch
 
     def _draws(self, epoch: int, sample_id: Tensor) -> Tensor:
         """(B, 2) uniform numbers: the place of the crop and the flip."""
         return uniform(self.seed, epoch, sample_id, Stream.AUGMENTATION, (2,))
 
-    def _sample_or_substitute(self, epoch: int, row: int) -> tuple[int, tuple[Tensor, str]]:
+    def _sample_or_substitute(self, epoch: int, row: int) -> tuple[int, Sample]:
         for candidate in self._candidates(epoch, row):
             try:
                 return candidate, self._sample(epoch, candidate)
@@ -171,7 +200,7 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         sample_id = int(self.index.sample_id[row])
         yield from substitute_rows(_SUBSTITUTES, len(self.index), self.seed, epoch, sample_id)
 
-    def _sample(self, epoch: int, row: int) -> tuple[Tensor, str]:
+    def _sample(self, epoch: int, row: int) -> Sample:
         sample_id = int(self.index.sample_id[row])
         if self.cache is not None and sample_id in self.cache:
             return self.cache[sample_id]
@@ -179,10 +208,22 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         is_random = self.options.crop == "random"
         place = self._draws(epoch, torch.tensor([sample_id]))[0, 0].item() if is_random else 0.5
         square = resize(crop_square(image, place), self.options.image_size, self.options.interpolation)
-        sample = square, self._caption(row)
+        sample = Sample(square, self._caption(row), self._label(row), self._segmentation(row, image, square, place))
         if self.cache is not None:
             self.cache[sample_id] = sample
         return sample
+
+    def _label(self, row: int) -> int | None:
+        label = self.options.label
+        return None if label is None else label(self.index.metadata(self.reader, row))
+
+    def _segmentation(self, row: int, image: Tensor, square: Tensor, place: float) -> Tensor | None:
+        source = self.options.segmentation
+        if not isinstance(source, SegmentationMember):
+            return None if source is None else source(square)
+        height, width = image.shape[-2:]
+        classes = source.decode(self.index.read(self.reader, row, SEGMENTATION), height, width)
+        return resize_classes(crop_square(classes, place), self.options.image_size)
 
     def _caption(self, row: int) -> str:
         field = self.options.caption_field

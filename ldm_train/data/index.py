@@ -1,9 +1,10 @@
 """What there is to train on: every complete sample of the shards, found once from the tar headers.
 
 A sample is the members of a shard that share a name up to the first dot: an image, a `.txt` caption, a `.json` with
-metadata (the layout of WebDataset and img2dataset). The index holds its position as compact arrays, one row a sample,
-in the order of the shards; a row number is all that the sampler and the workers exchange. What is no complete sample
-is listed as damage, what a filter refuses is counted by reason: nothing is left out in silence.
+metadata (the layout of WebDataset and img2dataset), if wanted a segmentation map. The index holds its position as
+compact arrays, one row a sample, in the order of the shards; a row number is all that the sampler and the workers
+exchange. What is no complete sample is listed as damage, what a filter refuses is counted by reason: nothing is left
+out in silence.
 
 The fingerprint hashes the shards' names and sizes, the samples they hold, and how these were selected. Runs with
 equal fingerprints see equal rows.
@@ -26,8 +27,8 @@ from braceexpand import braceexpand
 from ldm_train.data.filters import Filter
 from ldm_train.data.shards import Member, ShardReader, scan_shard
 
-IMAGE, CAPTION, METADATA = 0, 1, 2
-_KINDS = ("image", "caption (.txt)", "metadata (.json)")
+IMAGE, CAPTION, METADATA, SEGMENTATION = 0, 1, 2, 3
+_KINDS = ("image", "caption (.txt)", "metadata (.json)", "segmentation map")
 _KIND_OF_EXTENSION = {"jpg": IMAGE, "jpeg": IMAGE, "png": IMAGE, "webp": IMAGE, "txt": CAPTION, "json": METADATA}
 _ABSENT = (0, -1)
 
@@ -77,8 +78,8 @@ class ShardIndex:
         names: their paths relative to the folder that holds them all, for people and for the fingerprint.
         file_sizes: their bytes.
         starts: (S + 1,) int64; shard s holds the rows from `starts[s]` to `starts[s + 1]`.
-        offsets: (N, 3) int64 bytes to the image, the caption and the metadata.
-        sizes: (N, 3) int32 bytes of them, -1 where there is none.
+        offsets: (N, 3) int64 bytes to the image, the caption and the metadata; (N, 4) if segmentation maps are indexed.
+        sizes: bytes of them, int32, -1 where there is none.
         sample_id: (N,) int64, the sample's number before any filter or split, so that neither changes it.
         key_spans: (N, 2) int64 begin and end of the key in `key_bytes`.
         key_bytes: all keys, joined.
@@ -174,7 +175,7 @@ class ShardIndex:
         return metadata
 
     def read(self, reader: ShardReader, row: int, kind: int) -> bytes:
-        """The bytes of a sample's `IMAGE`, `CAPTION` or `METADATA`; KeyError if it has none."""
+        """The bytes of a sample's `IMAGE`, `CAPTION`, `METADATA` or `SEGMENTATION`; KeyError if it has none."""
         offset, size = int(self.offsets[row, kind]), int(self.sizes[row, kind])
         if size < 0:
             raise KeyError(f"no {_KINDS[kind]}")
@@ -188,20 +189,23 @@ class ShardIndex:
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-def _group(members: list[Member], required: Sequence[int]) -> tuple[dict[str, list[tuple[int, int]]], list[str]]:
-    """Complete samples of a shard by key, each three (offset, size), and a line for each incomplete or double one."""
+def _group(
+    members: list[Member], kinds: dict[str, int], required: Sequence[int]
+) -> tuple[dict[str, list[tuple[int, int]]], list[str]]:
+    """Complete samples of a shard by key, an (offset, size) for each kind; a line for each incomplete or double one."""
+    width = max(kinds.values()) + 1
     samples: dict[str, list[tuple[int, int]]] = {}
     spoiled: dict[str, str] = {}
     for name, offset, size in members:
         folder, slash, file = name.rpartition("/")
         stem, _, extension = file.partition(".")
-        kind = _KIND_OF_EXTENSION.get(extension.lower())
+        kind = kinds.get(extension.lower())
         if kind is None:
             continue
         key = folder + slash + stem
         sample = samples.get(key)
         if sample is None:
-            sample = samples[key] = [_ABSENT] * 3
+            sample = samples[key] = [_ABSENT] * width
         elif sample[kind] is not _ABSENT:
             spoiled[key] = f"{key}: more than one {_KINDS[kind]}"
         sample[kind] = (offset, size)
@@ -223,13 +227,21 @@ def _promised(path: str) -> int | None:
         return None
 
 
-def build_index(paths: Sequence[str], required: Sequence[int] = (IMAGE, CAPTION)) -> ShardIndex:
+def build_index(
+    paths: Sequence[str], required: Sequence[int] = (IMAGE, CAPTION), segmentation: str | None = None
+) -> ShardIndex:
     """Index shards by reading their tar headers.
 
     Args:
         paths: tar files, see `expand_shards`.
         required: the members without which a sample is incomplete.
+        segmentation: the extension of segmentation maps, in lower case, without which a sample is incomplete too;
+            `None` indexes none.
     """
+    kinds = _KIND_OF_EXTENSION
+    if segmentation is not None:
+        kinds, required = kinds | {segmentation: SEGMENTATION}, (*required, SEGMENTATION)
+    width = max(kinds.values()) + 1
     counts: list[int] = []
     spans: list[np.ndarray] = []
     keys: list[bytes] = []
@@ -238,14 +250,14 @@ def build_index(paths: Sequence[str], required: Sequence[int] = (IMAGE, CAPTION)
     names = tuple(os.path.relpath(path, root) for path in paths)
     for path, name in zip(paths, names, strict=True):
         members, problems = scan_shard(path)
-        samples, incomplete = _group(members, required)
+        samples, incomplete = _group(members, kinds, required)
         promised = _promised(path)
         if promised not in (None, len(samples)):
             incomplete.append(f"{len(samples)} complete samples where the stats file promises {promised}")
         damage += [Damage(name, reason) for reason in problems + incomplete]
         counts.append(len(samples))
         keys += [key.encode() for key in samples]
-        spans.append(np.array(list(samples.values()), dtype=np.int64).reshape(-1, len(_KINDS), 2))
+        spans.append(np.array(list(samples.values()), dtype=np.int64).reshape(-1, width, 2))
     members_of = np.concatenate(spans)
     ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
     return ShardIndex(

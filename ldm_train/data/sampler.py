@@ -32,10 +32,17 @@ class Position(NamedTuple):
 
 
 class BatchRequest(NamedTuple):
-    """What the sampler asks of a worker: (B,) rows of the index, in epoch `epoch`."""
+    """What the sampler asks of a worker.
+
+    Attributes:
+        epoch: the epoch.
+        rows: (B,) rows of the index.
+        positions: (B,) int64, where they stand in the order of the epoch, over all ranks.
+    """
 
     epoch: int
     rows: np.ndarray
+    positions: np.ndarray
 
 
 def _words(count: int, purpose: int, seed: int, epoch: int, *place: int) -> np.ndarray:
@@ -139,7 +146,8 @@ class TrainingSampler(DistributedSampler[BatchRequest]):
         epoch, begin = self.position
         for _ in range(self.remaining):
             end = begin + self.global_batch_size
-            yield BatchRequest(epoch, self.order.rows(epoch, np.arange(begin + self.rank, end, self.num_replicas)))
+            positions = np.arange(begin + self.rank, end, self.num_replicas)
+            yield BatchRequest(epoch, self.order.rows(epoch, positions), positions)
             begin = end
 
     @property
@@ -180,5 +188,6 @@ class ValidationSampler(DistributedSampler[BatchRequest]):
     def __iter__(self) -> Iterator[BatchRequest]:
         for step in range(len(self)):
             begin = step * self.global_batch_size
-            end = begin + self.global_batch_size if step + 1 < len(self) else None
-            yield BatchRequest(0, self.rows[begin:end][self.rank :: self.num_replicas])
+            end = begin + self.global_batch_size if step + 1 < len(self) else len(self.rows)
+            positions = np.arange(begin + self.rank, end, self.num_replicas)
+            yield BatchRequest(0, self.rows[positions], positions)

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
-SIDECAR_SUFFIXES = (".txt", ".json")
+MAP_SUFFIX = ".seg.png"
+SIDECAR_SUFFIXES = (".txt", ".json", MAP_SUFFIX)
 
 
 class Refusal(NamedTuple):
@@ -66,12 +67,14 @@ class Source:
         image: where the image's bytes are.
         text: where a `.txt` caption is, if there is one. It wins over a caption in the metadata.
         metadata: a row's fields, or where a `.json` is.
+        segmentation: where a `.seg.png` segmentation map is, if there is one.
     """
 
     name: str
     image: Blob
     text: Blob | None = None
     metadata: Blob | dict[str, Any] = field(default_factory=dict)
+    segmentation: Blob | None = None
 
     def read_metadata(self) -> dict[str, Any]:
         """The metadata as a dict; empty if there is none."""
@@ -137,7 +140,7 @@ def _find(path: Path, image_field: str, image_root: Path) -> Iterator[Source | R
 
 
 def _list_folder(root: Path) -> Iterator[Source | Refusal]:
-    """Images with sidecars: `cat.png`, `cat.txt`, `cat.json`."""
+    """Images with sidecars: `cat.png`, `cat.txt`, `cat.json`, `cat.seg.png`."""
     blobs: dict[str, Blob] = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
@@ -178,18 +181,20 @@ def _list_tars(root: Path) -> Iterator[Source | Refusal]:
 def _pair(blobs: dict[str, Blob]) -> Iterator[Source | Refusal]:
     """Give each image its sidecars; refuse what is neither, except img2dataset's own records."""
     used: set[str] = set()
-    images = [name for name in blobs if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+    names = [name for name in blobs if not name.endswith(MAP_SUFFIX)]
+    images = [name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
     for name in images:
         stem = name[: -len(PurePosixPath(name).suffix)]
         used |= {name, *(stem + suffix for suffix in SIDECAR_SUFFIXES)}
-        yield Source(name, blobs[name], blobs.get(stem + ".txt"), blobs.get(stem + ".json", {}))
+        text, metadata, segmentation = (blobs.get(stem + suffix) for suffix in SIDECAR_SUFFIXES)
+        yield Source(name, blobs[name], text, metadata or {}, segmentation)
     for name in blobs:
         if name in used:
             continue
         path = PurePosixPath(name)
         if path.name.endswith("_stats.json") or path.suffix == ".parquet":
             continue
-        orphan = path.suffix in SIDECAR_SUFFIXES
+        orphan = name.endswith(SIDECAR_SUFFIXES)
         yield Refusal(name, "no image beside it" if orphan else f"not an image: {path.suffix or 'no suffix'}")
 
 

@@ -84,9 +84,15 @@ def resize(image: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
     return F.interpolate(image[None], size=(size, size), mode=interpolation, antialias=True)[0].contiguous()
 
 
+def resize_classes(classes: Tensor, size: int) -> Tensor:
+    """A square map (side, side) of classes at (size, size): each pixel takes the class at its centre."""
+    centres = (torch.arange(size) * 2 + 1) * classes.shape[-1] // (2 * size)
+    return classes[centres[:, None], centres]
+
+
 def flip_where(images: Tensor, flip: Tensor) -> Tensor:
-    """Mirror those of (B, 3, H, W) images left to right for which `flip` (B,) is true."""
-    return torch.where(flip[:, None, None, None], images.flip(-1), images)
+    """Mirror those of B images or maps (B, ..., H, W) left to right for which `flip` (B,) is true."""
+    return torch.where(flip.reshape(-1, *[1] * (images.dim() - 1)), images.flip(-1), images)
 
 
 def to_signed_unit(images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Shards in img2dataset's layout: what the readers in this package expect, and the one place that writes it.
 
     00000.tar            <key>.json  <key>.txt  <key>.webp | png | jpg     with <key> = 5 digits of shard, 4 of sample
+                         and <key>.seg.png where a sample has a segmentation map
     00000_stats.json     how many samples the shard must hold
     00000.parquet        one row of metadata per sample, the same values as in the json
 
@@ -32,12 +33,14 @@ class ShardSample:
         extension: of the image's member: `jpg`, `png` or `webp`.
         caption: the text; may be empty.
         metadata: further json fields; `key`, `caption` and `status` are added by the writer.
+        segmentation: the PNG with the classes of the pixels; None where there is none.
     """
 
     image: bytes
     extension: str
     caption: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    segmentation: bytes | None = None
 
 
 class ShardWriter:
@@ -83,14 +86,15 @@ class ShardWriter:
         key = f"{self.num_shards:05d}{len(self._rows):04d}"
         fixed = {"key": key, "caption": sample.caption, "status": "success"}
         row = fixed | sample.metadata | fixed
-        self._tar.write(
-            {
-                "__key__": key,
-                sample.extension: sample.image,
-                "txt": sample.caption.encode(),
-                "json": _json(row).encode(),
-            }
-        )
+        members: dict[str, Any] = {
+            "__key__": key,
+            sample.extension: sample.image,
+            "txt": sample.caption.encode(),
+            "json": _json(row).encode(),
+        }
+        if sample.segmentation is not None:
+            members["seg.png"] = sample.segmentation
+        self._tar.write(members)
         self._rows.append(row)
         return key
 

@@ -124,9 +124,9 @@ def check_targets(node: object) -> None:
     Raises:
         ValueError: with the class and what is allowed.
     """
-    _require(node, [_AUTOENCODER], "autoencoder")
+    require(node, [_AUTOENCODER], "autoencoder")
     assert isinstance(node, Mapping)
-    _require(node.get("regularizer"), list(_REGULARIZERS), "autoencoder.regularizer")
+    require(node.get("regularizer"), list(_REGULARIZERS), "autoencoder.regularizer")
     known = {_AUTOENCODER, *_REGULARIZERS}
     if strangers := sorted({str(target) for target in _targets(node)} - known):
         raise ValueError(
@@ -146,30 +146,36 @@ def _targets(value: object) -> Iterator[object]:
 
 def _arguments(node: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """All arguments of the autoencoder and of its regularizer, defaults filled in."""
-    _require(node, [_AUTOENCODER], "autoencoder")
-    arguments = _bound(Autoencoder, node, "autoencoder")
+    require(node, [_AUTOENCODER], "autoencoder")
+    arguments = bound(Autoencoder, node, "autoencoder")
     for key in ("channel_multipliers", "attention_factors", "checkpoint_factors"):
-        found = arguments[key]
-        if not isinstance(found, list | tuple) or any(type(value) is not int for value in found):
-            raise ValueError(f"`autoencoder.{key}` is {found!r}; allowed is a list of whole numbers; change it")
+        whole_numbers(f"autoencoder.{key}", arguments[key])
     regularizer = arguments["regularizer"]
-    _require(regularizer, list(_REGULARIZERS), "autoencoder.regularizer")
+    require(regularizer, list(_REGULARIZERS), "autoencoder.regularizer")
     kind = _REGULARIZERS[regularizer["_target_"]]
-    return arguments, _bound(kind, regularizer, "autoencoder.regularizer")
+    return arguments, bound(kind, regularizer, "autoencoder.regularizer")
 
 
-def _require(node: object, allowed: list[str], key: str) -> None:
+def whole_numbers(key: str, found: object) -> None:
+    """Refuse what is no list of whole numbers, with a `ValueError` that names the config key."""
+    if not isinstance(found, list | tuple) or any(type(value) is not int for value in found):
+        raise ValueError(f"`{key}` is {found!r}; allowed is a list of whole numbers; change it")
+
+
+def require(node: object, allowed: list[str], key: str) -> None:
+    """Refuse a node that names none of the allowed classes, with a `ValueError` that names the config key."""
     found = node.get("_target_") if isinstance(node, Mapping) else node
     if found not in allowed:
         raise ValueError(f"`{key}._target_` is {found!r}; allowed here: {', '.join(allowed)}; change `{key}`")
 
 
-def _bound(target: Callable[..., object], node: Mapping[str, Any], key: str) -> dict[str, Any]:
+def bound(target: Callable[..., object], node: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """All arguments that a node means for its target, defaults filled in; a `ValueError` if it does not take them."""
     given = {name: value for name, value in node.items() if name != "_target_"}
     try:
-        bound = inspect.signature(target).bind(**given)
+        call = inspect.signature(target).bind(**given)
     except TypeError as error:
         names = ", ".join(inspect.signature(target).parameters)
         raise ValueError(f"`{key}` cannot be built: {error}; its keys are {names}; change `{key}`") from error
-    bound.apply_defaults()
-    return bound.arguments
+    call.apply_defaults()
+    return call.arguments

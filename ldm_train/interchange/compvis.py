@@ -93,11 +93,7 @@ def contents(checkpoint: Mapping[str, Any]) -> Contents:
     Raises:
         ValueError: if there is something else than tensors.
     """
-    state: Mapping[str, Any] = checkpoint
-    for _ in range(_NESTED):
-        if isinstance(state.get("state_dict"), Mapping):
-            state = state["state_dict"]
-    check_tensors(state)
+    state = state_of(checkpoint)
     prefix = _WHOLE_MODEL if any(name.startswith(_WHOLE_MODEL) for name in state) else ""
     kept = [name for name in state if name.startswith(prefix) and not name.startswith(_TRAINING_ONLY, len(prefix))]
     ignored = Counter(name.split(".")[0] for name in state.keys() - set(kept))
@@ -109,6 +105,20 @@ def contents(checkpoint: Mapping[str, Any]) -> Contents:
         )
     tensors = {name.removeprefix(prefix): state[name] for name in kept}
     return Contents(tensors, dict(record), scale_factor, dict(ignored))
+
+
+def state_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint's dictionary, however deep they lie.
+
+    Raises:
+        ValueError: if there is something else than tensors.
+    """
+    state: Mapping[str, Any] = checkpoint
+    for _ in range(_NESTED):
+        if isinstance(state.get("state_dict"), Mapping):
+            state = state["state_dict"]
+    check_tensors(state)
+    return state
 
 
 def check_tensors(state: Mapping[Any, object]) -> None:

@@ -112,7 +112,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         raise ValueError(
             f"config.json holds {type(config).__name__}; allowed is what diffusers writes; name another SOURCE"
         )
-    _check("_class_name", config.get("_class_name"), (_KL, _VQ))
+    check("_class_name", config.get("_class_name"), (_KL, _VQ))
     if missing := {"down_block_types", "up_block_types", "block_out_channels", "latent_channels"} - config.keys():
         raise ValueError(
             f"config.json lacks {', '.join(sorted(missing))}; allowed is what diffusers writes; name another SOURCE"
@@ -125,28 +125,28 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             "are a list of positive numbers and one as long of names; name another SOURCE"
         )
     for name in down:
-        _check("down_block_types", name, _DOWN)
-    _check("up_block_types", up, [[_UP[_DOWN.index(name)] for name in reversed(down)]])
-    _check("act_fn", config.get("act_fn", "silu"), ("silu", "swish"))
-    _check("norm_type", config.get("norm_type", "group"), ("group",))
-    _check("out_channels", config.get("out_channels", 3), (config.get("in_channels", 3),))
+        check("down_block_types", name, _DOWN)
+    check("up_block_types", up, [[_UP[_DOWN.index(name)] for name in reversed(down)]])
+    check("act_fn", config.get("act_fn", "silu"), ("silu", "swish"))
+    check("norm_type", config.get("norm_type", "group"), ("group",))
+    check("out_channels", config.get("out_channels", 3), (config.get("in_channels", 3),))
     multiples = [[width // widths[0] * widths[0] for width in widths]]
-    _check("block_out_channels", widths, multiples)
-    latent_channels = _whole(config, "latent_channels", 4)
+    check("block_out_channels", widths, multiples)
+    latent_channels = whole(config, "latent_channels", 4)
     if config["_class_name"] == _VQ:
-        _check("vq_embed_dim", config.get("vq_embed_dim") or latent_channels, (latent_channels,))
+        check("vq_embed_dim", config.get("vq_embed_dim") or latent_channels, (latent_channels,))
     return Architecture(
         shape=Pyramid(
             channels=widths[0],
             channel_multipliers=tuple(width // widths[0] for width in widths),
-            num_res_blocks=_whole(config, "layers_per_block", 1),
+            num_res_blocks=whole(config, "layers_per_block", 1),
             attention_factors=tuple(2**level for level, name in enumerate(down) if name == _DOWN[1]),
             middle_attention=_flag(config, "mid_block_add_attention"),
-            norm_groups=_whole(config, "norm_num_groups", 32),
+            norm_groups=whole(config, "norm_num_groups", 32),
         ),
         latent_channels=latent_channels,
-        in_channels=_whole(config, "in_channels", 3),
-        codebook_size=_whole(config, "num_vq_embeddings", 256) if config["_class_name"] == _VQ else None,
+        in_channels=whole(config, "in_channels", 3),
+        codebook_size=whole(config, "num_vq_embeddings", 256) if config["_class_name"] == _VQ else None,
     )
 
 
@@ -192,7 +192,8 @@ def _absent_convolutions(config: Mapping[str, Any], architecture: Architecture) 
     return result
 
 
-def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
+def whole(config: Mapping[str, Any], key: str, default: int) -> int:
+    """A whole number from 1 that a config says; a `ValueError` that names the key if it says something else."""
     found = config.get(key, default)
     if type(found) is not int or found < 1:
         raise ValueError(f"`{key}` of config.json is {found!r}; allowed are whole numbers from 1; name another SOURCE")
@@ -200,11 +201,12 @@ def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
 
 
 def _flag(config: Mapping[str, Any], key: str) -> bool:
-    _check(key, found := config.get(key, True), (True, False))
+    check(key, found := config.get(key, True), (True, False))
     return bool(found)
 
 
-def _check(key: str, found: object, allowed: Sequence[object]) -> None:
+def check(key: str, found: object, allowed: Sequence[object]) -> None:
+    """Refuse a config's value that is none of the allowed ones, with a `ValueError` that names the key."""
     if found not in allowed:
         choices = " or ".join(map(str, allowed))
         raise ValueError(f"`{key}` of config.json is {found}; allowed here: {choices}; name another SOURCE")

@@ -5,6 +5,7 @@ from ldm_train.nn.autoencoder import Autoencoder
 from ldm_train.nn.autoencoder_loss import AutoencoderLoss, AutoencoderLossTerms
 from ldm_train.nn.discriminator import HINGE, NON_SATURATING, AdversarialForm, GlobalBatchNorm2d, PatchDiscriminator
 from ldm_train.nn.ema import ExponentialMovingAverage
+from ldm_train.nn.first_stage import FirstStage, Pixels
 from ldm_train.nn.lora import (
     LoRALinear,
     inject_lora,
@@ -32,10 +33,12 @@ __all__ = [
     "AutoencoderLossTerms",
     "Clock",
     "ExponentialMovingAverage",
+    "FirstStage",
     "GlobalBatchNorm2d",
     "KLRegularizer",
     "LoRALinear",
     "PatchDiscriminator",
+    "Pixels",
     "Regularized",
     "UNet",
     "VectorQuantizer",

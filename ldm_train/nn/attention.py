@@ -11,8 +11,11 @@ from typing import TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_train.nn.linear import Linear, PointwiseConv2d, feature_map, tokens
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _TRANSFORMER_NORM_EPSILON = 1e-6
+_PLAIN_NORM_EPSILON = 1e-5
 
 
 class Attention(nn.Module):
@@ -26,27 +29,18 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, context_dim: int | None = None, num_heads: int = 8) -> None:
         super().__init__()
-        if channels % num_heads:
-            raise ValueError(
-                f"attention over {channels} channels cannot be split into {num_heads} heads; allowed are divisors of "
-                "the channels; change `unet.num_heads` or `unet.head_channels`"
-            )
+        _check_heads(channels, num_heads)
         self.num_heads = num_heads
         source = channels if context_dim is None else context_dim
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(source, channels, bias=False)
-        self.to_v = nn.Linear(source, channels, bias=False)
-        self.to_out = nn.Linear(channels, channels)
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(source, channels, bias=False)
+        self.to_v = Linear(source, channels, bias=False)
+        self.to_out = Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """`x` (B, N, C) attends to `context` (B, M, D), or to itself: (B, N, C)."""
         source = x if context is None else context
-        q, k, v = (self._heads(part) for part in (self.to_q(x), self.to_k(source), self.to_v(source)))  # (B, h, N, C/h)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(attended.transpose(1, 2).flatten(2))
-
-    def _heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return self.to_out(_attend(self.to_q(x), self.to_k(source), self.to_v(source), self.num_heads))
 
 
 class FeedForward(nn.Module):
@@ -54,8 +48,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int, multiplier: int = 4) -> None:
         super().__init__()
-        self.project_in = nn.Linear(channels, 2 * multiplier * channels)
-        self.project_out = nn.Linear(multiplier * channels, channels)
+        self.project_in = Linear(channels, 2 * multiplier * channels)
+        self.project_out = Linear(multiplier * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
@@ -121,24 +115,44 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """(B, C, H, W), (B, M, D) or None: (B, C, H, W)."""
-        height, width = x.shape[-2:]
-        tokens = self._enter(self.norm(x))  # (B, HW, C)
+        h = self.norm(x)
+        h = self.project_in(tokens(h)) if self.linear_projection else tokens(self.project_in(h))
         for block in self.blocks:
-            tokens = block(tokens, context)
-        return x + self._leave(tokens, height, width)
+            h = block(h, context)  # (B, HW, C)
+        if self.linear_projection:
+            return x + feature_map(self.project_out(h), x)
+        return x + self.project_out(feature_map(h, x))
 
     def _projection(self, channels: int) -> nn.Module:
-        return nn.Linear(channels, channels) if self.linear_projection else nn.Conv2d(channels, channels, 1)
+        return (Linear if self.linear_projection else PointwiseConv2d)(channels, channels)
 
-    def _enter(self, x: Tensor) -> Tensor:
-        if self.linear_projection:
-            return self.project_in(x.flatten(2).transpose(1, 2))
-        return self.project_in(x).flatten(2).transpose(1, 2)
 
-    def _leave(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        if self.linear_projection:
-            return self.project_out(tokens).transpose(1, 2).unflatten(2, (height, width))
-        return self.project_out(tokens.transpose(1, 2).unflatten(2, (height, width)))
+class PlainAttention(nn.Module):
+    """Multi-head self-attention between the positions of a feature map, added to it (Dhariwal and Nichol 2021).
+
+    What unconditional latent diffusion models have in place of a spatial transformer: no context, no feed-forward.
+
+    Args:
+        channels: channels of the feature map.
+        num_heads: attention heads; must divide `channels`.
+        norm_groups: groups of the input normalisation.
+    """
+
+    def __init__(self, channels: int, num_heads: int, norm_groups: int = 32) -> None:
+        super().__init__()
+        _check_heads(channels, num_heads)
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=_PLAIN_NORM_EPSILON)
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = zero_initialised(Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        h = tokens(self.norm(x))
+        attended = _attend(self.to_q(h), self.to_k(h), self.to_v(h), self.num_heads)
+        return x + feature_map(self.to_out(attended), x)
 
 
 class SpatialSelfAttention(nn.Module):
@@ -155,9 +169,8 @@ class SpatialSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.to_q, self.to_k, self.to_v))
-        attended = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, HW, C)
-        return x + self.to_out(attended.transpose(1, 2).unflatten(2, x.shape[-2:]))
+        q, k, v = (tokens(layer(h)) for layer in (self.to_q, self.to_k, self.to_v))
+        return x + self.to_out(feature_map(_attend(q, k, v, num_heads=1), x))
 
 
 def zero_initialised(module: ModuleT) -> ModuleT:
@@ -165,3 +178,17 @@ def zero_initialised(module: ModuleT) -> ModuleT:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """Queries (B, N, C) to keys and values (B, M, C), each head on its own share of the channels: (B, N, C)."""
+    heads = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, ., C / heads)
+    return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+
+def _check_heads(channels: int, num_heads: int) -> None:
+    if channels % num_heads:
+        raise ValueError(
+            f"attention over {channels} channels cannot be split into {num_heads} heads; allowed are divisors of "
+            "the channels; change `unet.num_heads` or `unet.head_channels`"
+        )

@@ -10,6 +10,10 @@ directly, or as a half-life in images, which does not change with the batch size
 The warm-up is that of TensorFlow's `ExponentialMovingAverage`; the half-life in images that of Karras et al.,
 "Analyzing and Improving the Image Quality of StyleGAN", 2020. The average is kept in float32, whatever the parameters'
 type: with d = 0.9999 a bfloat16 average would never move.
+
+The average of a large network on a GPU may be kept on the host, where memory is cheap. An update then copies the
+parameters once, to pinned memory and without waiting for each, and averages them there; what a validation swaps out
+waits there too.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,13 +38,15 @@ class ExponentialMovingAverage:
         decay: d in [0, 1); `None` with `half_life_images`.
         half_life_images: the images after which an old value counts half; `None` with `decay`.
         without: prefixes of names that are left out.
+        device: `cpu` keeps the averages on the host; `None` keeps each where its parameter is.
 
     Attributes:
-        average: name -> float32 tensor of the parameter's shape and device.
+        average: name -> float32 tensor of the parameter's shape.
         num_updates: n, the updates made so far.
 
     Raises:
-        ValueError: neither or both of `decay` and `half_life_images` are given, or one is out of range.
+        ValueError: neither or both of `decay` and `half_life_images` are given, or one is out of range, or the device
+            is another.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class ExponentialMovingAverage:
         decay: float | None = 0.9999,
         half_life_images: float | None = None,
         without: tuple[str, ...] = (),
+        device: str | None = None,
     ) -> None:
         if (decay is None) == (half_life_images is None):
             raise ValueError(
@@ -60,13 +67,19 @@ class ExponentialMovingAverage:
                 f"EMA found decay={decay}, half_life_images={half_life_images}; allowed are 0 <= decay < 1 and "
                 "half_life_images > 0: change `callbacks.ema.decay` or `callbacks.ema.half_life_images`."
             )
-        self.decay, self.half_life_images = decay, half_life_images
+        if device not in (None, "cpu"):
+            raise ValueError(
+                f"EMA found device={device!r}; allowed are cpu (on the host) and null (beside the parameters): change "
+                "`callbacks.ema.device`."
+            )
+        self.decay, self.half_life_images, self.device = decay, half_life_images, device
         self.num_updates = 0
         self.average: dict[str, Tensor] = {
-            name: parameter.detach().to(torch.float32, copy=True)
+            name: parameter.detach().to(device, torch.float32, copy=True)
             for name, parameter in _trainable(module).items()
             if not name.startswith(without or ("\0",))
         }
+        self._pinned: dict[str, Tensor] = {}  # host memory that a GPU can write to while others are under way
         self.raw: dict[str, Tensor] | None = None  # the parameters' own values while the averages stand in for them
 
     def next_decay(self, images: int = 1) -> float:
@@ -89,7 +102,7 @@ class ExponentialMovingAverage:
         """
         if self.raw is not None:
             raise RuntimeError("the EMA cannot be updated while it is swapped in: the module holds the averages")
-        values = [parameter.detach().float() for parameter in self._parameters(module).values()]
+        values = [value.float() for value in self._values(module)]
         torch._foreach_lerp_(list(self.average.values()), values, 1.0 - self.next_decay(images))
         self.num_updates += 1
 
@@ -99,7 +112,7 @@ class ExponentialMovingAverage:
         if self.raw is not None:
             raise RuntimeError("the EMA is already swapped in")
         parameters = self._parameters(module)
-        self.raw = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.raw = {name: parameter.detach().to(self.device, copy=True) for name, parameter in parameters.items()}
         try:
             _copy(parameters, self.average)
             yield
@@ -124,6 +137,26 @@ class ExponentialMovingAverage:
         for name, value in self.average.items():
             value.copy_(average[name])
         self.num_updates = int(num_updates)
+
+    def _values(self, module: nn.Module) -> list[Tensor]:
+        """The values of the averaged parameters, where the averages are; read them before the next call."""
+        parameters = self._parameters(module)
+        if self.device is None:
+            return list(parameters.values())
+        devices = {parameter.device for parameter in parameters.values() if parameter.device.type != "cpu"}
+        values = [
+            self._send(name, parameter) if parameter.device in devices else parameter
+            for name, parameter in parameters.items()
+        ]
+        for device in devices:
+            torch.accelerator.synchronize(device)
+        return values
+
+    def _send(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """Where the parameter's values will be when its device has finished."""
+        if name not in self._pinned:
+            self._pinned[name] = torch.empty_like(parameter, device="cpu", pin_memory=True)
+        return self._pinned[name].copy_(parameter, non_blocking=True)
 
     def _parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The averaged parameters in the order of `average`; a part frozen since then stays averaged."""

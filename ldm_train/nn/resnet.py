@@ -2,14 +2,25 @@
 
     block(x, e) = skip(x) + conv(act(norm(conv(act(norm(x))) + W act(e))))
 
-with group normalisation, SiLU, and an optional time embedding e (Ho et al. 2020, appendix B).
+with group normalisation, SiLU, and an optional time embedding e (Ho et al. 2020, appendix B). Two variants come from
+Dhariwal and Nichol 2021: the embedding may scale and shift what the second normalisation gives instead of being added
+before it (their equation 3, "adaptive group normalisation"),
+
+    h = norm(conv(act(norm(x)))),   block(x, e) = skip(x) + conv(act((1 + s) h + b)),   (s, b) = W act(e)
+
+and a block may halve or double height and width itself, x on its way to the skip and act(norm(x)) alike.
+
 Letters: B batch, C channels, H and W height and width, E width of the time embedding.
 """
 
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_train.nn.attention import zero_initialised
+from ldm_train.nn.linear import PointwiseConv2d
 
 
 class ResidualBlock(nn.Module):
@@ -23,6 +34,8 @@ class ResidualBlock(nn.Module):
         norm_epsilon: their epsilon: 1e-5 in the published U-Nets, 1e-6 in the autoencoders.
         dropout: before the last convolution.
         zero_init: start the last convolution at zero.
+        time_modulation: how the embedding enters: `add` or `scale_shift`.
+        resample: `down` halves height and width by averaging, `up` doubles them by repetition; `None` keeps them.
     """
 
     def __init__(
@@ -34,24 +47,42 @@ class ResidualBlock(nn.Module):
         norm_epsilon: float = 1e-5,
         dropout: float = 0.0,
         zero_init: bool = False,
+        time_modulation: Literal["add", "scale_shift"] = "add",
+        resample: Literal["down", "up"] | None = None,
     ) -> None:
         super().__init__()
+        self.scales, self.resample = time_modulation == "scale_shift", resample
         self.norm_in = nn.GroupNorm(norm_groups, in_channels, eps=norm_epsilon)
         self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.embed = nn.Linear(embedding_channels, out_channels) if embedding_channels is not None else None
+        modulations = (2 if self.scales else 1) * out_channels
+        self.embed = nn.Linear(embedding_channels, modulations) if embedding_channels is not None else None
         self.norm_out = nn.GroupNorm(norm_groups, out_channels, eps=norm_epsilon)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if zero_init:
             zero_initialised(self.conv_out)
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.skip = PointwiseConv2d(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """`x` (B, C_in, H, W), `embedding` (B, E) or None: (B, C_out, H, W)."""
-        h = self.conv_in(F.silu(self.norm_in(x)))
-        if self.embed is not None and embedding is not None:
-            h = h + self.embed(F.silu(embedding))[:, :, None, None]
-        return self.skip(x) + self.conv_out(self.dropout(F.silu(self.norm_out(h))))
+        """`x` (B, C_in, H, W), `embedding` (B, E) or None: (B, C_out, H, W), H and W halved or doubled by `resample`."""
+        h = self.conv_in(self._resampled(F.silu(self.norm_in(x))))
+        h = self._modulated(h, embedding)
+        return self.skip(self._resampled(x)) + self.conv_out(self.dropout(F.silu(h)))
+
+    def _modulated(self, h: Tensor, embedding: Tensor | None) -> Tensor:
+        """The second normalisation of `h` (B, C_out, H, W), and the embedding."""
+        if self.embed is None or embedding is None:
+            return self.norm_out(h)
+        modulation = self.embed(F.silu(embedding))[:, :, None, None]
+        if not self.scales:
+            return self.norm_out(h + modulation)
+        scale, shift = modulation.chunk(2, dim=1)
+        return torch.addcmul(shift, self.norm_out(h), 1 + scale)
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        if self.resample is None:
+            return x
+        return F.avg_pool2d(x, 2) if self.resample == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Downsample(nn.Module):
@@ -67,18 +98,34 @@ class Downsample(nn.Module):
         self.symmetric = symmetric
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H/2, W/2)."""
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) to (B, C, H/2, W/2); called as a residual block is, it has no use for an embedding."""
         return self.conv(x if self.symmetric else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Double height and width: nearest neighbour, then a 3x3 convolution."""
+    """Double height and width: nearest neighbour, then a 3x3 convolution.
+
+    It is computed on the small map. Of the nine weights some always meet the same pixel, because its neighbours are
+    copies of it; these are added first. So each of the four pixels that come of one is a 2x2 convolution, with 4 / 9 of
+    the products. In one dimension, with weights (a, b, c):
+
+        y[2i] = a x[i - 1] + (b + c) x[i],      y[2i + 1] = (a + b) x[i] + c x[i + 1]
+    """
+
+    _SUMS: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        sums = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
+        self.register_buffer("_sums", sums, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) to (B, C, 2H, 2W); called as a residual block is, it has no use for an embedding."""
+        B, C, H, W = x.shape
+        k = torch.einsum("apu,bqv,ocuv->abopqc", self._sums, self._sums, self.conv.weight).flatten(0,2).permute(0,3,1,2)
+        y = F.conv2d(x, k, self.conv.bias.repeat(4), padding=1).permute(0,2,3,1).unflatten(3, (2,2,C))
+        y = torch.stack([y[:, :-1, :, 0], y[:, 1:, :, 1]], 2)
+        y = torch.stack([y[:, :, :, :-1, 0], y[:, :, :, 1:, 1]], 4)
+        return y.reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)

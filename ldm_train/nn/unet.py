@@ -1,92 +1,61 @@
 """The time-conditional U-Net with cross-attention (Rombach et al. 2022, section 3.3).
 
-A contracting path, a middle and an expanding path of residual blocks, each followed, at chosen resolutions, by a
-spatial transformer that attends to the context tokens. Every output of the contracting path is concatenated to the
-input of its mirror image in the expanding path. With the configuration of `conf/unet/sd1.yaml` this is the network of
-Stable Diffusion 1: 859,520,964 parameters in 686 tensors.
+A contracting path, a middle and an expanding path of residual blocks, each followed, at chosen resolutions, by
+attention: a spatial transformer that also attends to the context tokens, or, in unconditional models, plain attention
+between positions. Every output of the contracting path is concatenated to the input of its mirror image in the
+expanding path. Conditions enter in three places: tokens by cross-attention, a vector beside the time embedding, and
+maps of the latents' size as further input channels.
+
+The published networks are options of `conf/unet/`. That of Stable Diffusion 1 is `sd1`: 859,520,964 parameters in 686
+tensors.
 
 Letters: B batch, C channels, h and w height and width of the latents, M context tokens of width D, E time embedding.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_train.batch import Conditioning
-from ldm_train.nn.attention import SpatialTransformer, zero_initialised
+from ldm_train.nn.attention import zero_initialised
 from ldm_train.nn.embedding import TimeEmbedding, VectorEmbedding
-from ldm_train.nn.resnet import Downsample, ResidualBlock, Upsample
+from ldm_train.nn.unet_blocks import UNetShape
 
-
-class UNetBlock(nn.Module):
-    """A residual block, and a spatial transformer where the resolution has one."""
-
-    def __init__(self, residual: ResidualBlock, transformer: SpatialTransformer | None) -> None:
-        super().__init__()
-        self.residual = residual
-        self.transformer = transformer
-
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
-        """`x` (B, C, h, w), `embedding` (B, E), `context` (B, M, D) or None."""
-        x = self.residual(x, embedding)
-        return x if self.transformer is None else self.transformer(x, context)
-
-
-class ContractingLevel(nn.Module):
-    """Blocks of one resolution, then an optional halving; every result is kept for the expanding path."""
-
-    def __init__(self, blocks: Iterable[UNetBlock], downsample: Downsample | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> list[Tensor]:
-        """`x` (B, C, h, w) to the results of its layers, the last for the next level."""
-        results = []
-        for block in self.blocks:
-            x = block(x, embedding, context)
-            results.append(x)
-        return results if self.downsample is None else [*results, self.downsample(x)]
-
-
-class ExpandingLevel(nn.Module):
-    """Blocks of one resolution that each take in a kept result, then an optional doubling."""
-
-    def __init__(self, blocks: Iterable[UNetBlock], upsample: Upsample | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.upsample = upsample
-
-    def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor, context: Tensor | None) -> Tensor:
-        """`x` (B, C, h, w) to the next level's shape; takes one of `skips` from the end for each block."""
-        for block in self.blocks:
-            x = block(torch.cat([x, skips.pop()], dim=1), embedding, context)
-        return x if self.upsample is None else self.upsample(x)
+_MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 class UNet(nn.Module):
     """Predicts from noisy latents, a time and a condition; what it predicts is the denoiser's affair.
 
     Args:
-        in_channels: channels of the latents plus those of `Conditioning.concat`.
-        out_channels: channels of the prediction.
+        in_channels: channels of the latents.
+        out_channels: channels of the prediction; twice the latents' where a variance is learned as well.
         channels: width of the first level.
         channel_multipliers: width of each level in units of `channels`; every level but the last halves the resolution.
         num_res_blocks: residual blocks a level (one more when expanding).
-        attention_factors: downsampling factors (1, 2, 4, ...) at which transformers stand; the middle always has one.
+        attention_factors: downsampling factors (1, 2, 4, ...) at which attention stands; the middle always has it.
         context_dim: width D of the context tokens; `None` for no cross-attention.
         vector_dim: width of the pooled vector that joins the time embedding; `None` ignores such a vector.
         num_heads: attention heads; exactly one of `num_heads` and `head_channels` is given.
         head_channels: channels of a head.
-        transformer_depth: transformer blocks in each spatial transformer.
+        transformer_depth: transformer blocks in each spatial transformer: one number, or one for each level; the middle
+            has the last.
         linear_projection: see `SpatialTransformer`.
         norm_groups: groups of all group normalisations; must divide every width.
         dropout: in the residual blocks.
+        concat_channels: channels of `Conditioning.concat`, which joins the latents; 0 for none.
+        attention: `transformer`, or `plain`: only between positions, without context and feed-forward.
+        time_modulation: `add` the time embedding, or let it `scale_shift` the normalised features, see `ResidualBlock`.
+        resample: halve and double the resolution by a `convolution`, or by a `residual` block.
+        checkpoint_factors: downsampling factors of the levels whose activations are computed again in the backward pass
+            instead of being kept, see `ldm_train.nn.unet_blocks`.
+        memory_format: `contiguous` or `channels_last`: how weights and activations lie in memory; values are the same.
 
     Raises:
-        ValueError: if heads are given twice or not at all, or a width is not divisible.
+        ValueError: if the arguments describe no network.
     """
 
     def __init__(
@@ -101,71 +70,78 @@ class UNet(nn.Module):
         vector_dim: int | None = None,
         num_heads: int | None = None,
         head_channels: int | None = None,
-        transformer_depth: int = 1,
+        transformer_depth: int | Sequence[int] = 1,
         linear_projection: bool = False,
         norm_groups: int = 32,
         dropout: float = 0.0,
+        concat_channels: int = 0,
+        attention: Literal["transformer", "plain"] = "transformer",
+        time_modulation: Literal["add", "scale_shift"] = "add",
+        resample: Literal["convolution", "residual"] = "convolution",
+        checkpoint_factors: Sequence[int] = (),
+        memory_format: Literal["contiguous", "channels_last"] = "contiguous",
     ) -> None:
         super().__init__()
-        _check(channels, norm_groups, num_heads, head_channels)
+        self.in_channels, self.out_channels, self.concat_channels = in_channels, out_channels, concat_channels
         self.context_dim, self.vector_dim = context_dim, vector_dim
         self.downsampling_factor = 2 ** (len(channel_multipliers) - 1)
-        embedding_channels = 4 * channels
+        depth = transformer_depth if isinstance(transformer_depth, int) else tuple(transformer_depth)
+        self.shape = shape = UNetShape(
+            channels,
+            tuple(channel_multipliers),
+            num_res_blocks,
+            tuple(attention_factors),
+            context_dim,
+            num_heads,
+            head_channels,
+            depth,
+            linear_projection,
+            attention,
+            time_modulation,
+            resample,
+            norm_groups,
+            dropout,
+            tuple(checkpoint_factors),
+        )
+        _check(in_channels, out_channels, concat_channels, memory_format)
+        self._build(shape)
+        self.memory_format = _MEMORY_FORMATS[memory_format]
+        self.to(memory_format=self.memory_format)
 
-        def block(c_in: int, c_out: int, attend: bool) -> UNetBlock:
-            heads = num_heads or c_out // (head_channels or c_out)
-            attention = (context_dim, heads, transformer_depth, linear_projection, norm_groups)
-            return UNetBlock(
-                ResidualBlock(c_in, c_out, embedding_channels, norm_groups, dropout=dropout, zero_init=True),
-                SpatialTransformer(c_out, *attention) if attend else None,
-            )
-
-        widths = [channels * multiplier for multiplier in channel_multipliers]
+    def _build(self, shape: UNetShape) -> None:
+        channels, embedding_channels = shape.channels, shape.embedding_channels
         self.time_embedding = TimeEmbedding(channels, embedding_channels)
-        self.vector_embedding = None if vector_dim is None else VectorEmbedding(vector_dim, embedding_channels)
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-
-        skips, width = [channels], channels
-        for level, level_width in enumerate(widths):
-            attend, last = 2**level in attention_factors, level == len(widths) - 1
-            inputs = [width] + [level_width] * (num_res_blocks - 1)
-            blocks = [block(c_in, level_width, attend) for c_in in inputs]
-            width = level_width
-            self.down.append(ContractingLevel(blocks, None if last else Downsample(width, symmetric=True)))
-            skips += [width] * (num_res_blocks + (not last))
-
-        self.middle_in = block(width, width, attend=True)
-        self.middle_out = block(width, width, attend=False)
-
-        for level, level_width in reversed(list(enumerate(widths))):
-            attend = 2**level in attention_factors
-            inputs = [width] + [level_width] * num_res_blocks
-            blocks = [block(c_in + skips.pop(), level_width, attend) for c_in in inputs]
-            width = level_width
-            self.up.append(ExpandingLevel(blocks, Upsample(width) if level else None))
-
-        self.norm_out = nn.GroupNorm(norm_groups, channels, eps=1e-5)
-        self.conv_out = zero_initialised(nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.vector_embedding = (
+            None if self.vector_dim is None else VectorEmbedding(self.vector_dim, embedding_channels)
+        )
+        self.conv_in = nn.Conv2d(self.in_channels + self.concat_channels, channels, 3, padding=1)
+        self.down, self.up = nn.ModuleList(shape.contracting()), nn.ModuleList()
+        self.middle_in, self.middle_out = shape.middle()
+        self.up.extend(shape.expanding())
+        self.norm_out = nn.GroupNorm(shape.norm_groups, channels, eps=1e-5)
+        self.conv_out = zero_initialised(nn.Conv2d(channels, self.out_channels, 3, padding=1))
 
     def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Predict from noisy latents.
 
         Args:
             x_t: (B, C, h, w) latents; h and w divisible by `downsampling_factor`.
-            t: (B,) int64 times.
+            t: (B,) times, whole or not.
             conditioning: its `context` (B, M, D) is attended to, its `vector` (B, V) joins the time embedding, its
                 `concat` (B, C', h, w) the latents.
 
         Returns:
             (B, out_channels, h, w).
+
+        Raises:
+            ValueError: if an input is of another shape than the network takes.
         """
         self._check_input(x_t, conditioning)
         embedding = self.time_embedding(t)  # (B, E)
         if self.vector_embedding is not None and conditioning.vector is not None:
             embedding = embedding + self.vector_embedding(conditioning.vector)
         x = x_t if conditioning.concat is None else torch.cat([x_t, conditioning.concat], dim=1)
-        skips = [self.conv_in(x)]  # (B, channels, h, w)
+        skips = [self.conv_in(x.contiguous(memory_format=self.memory_format))]  # (B, channels, h, w)
         for level in self.down:
             skips += level(skips[-1], embedding, conditioning.context)
         x = self.middle_in(skips[-1], embedding, conditioning.context)
@@ -175,7 +151,12 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def _check_input(self, x_t: Tensor, conditioning: Conditioning) -> None:
-        height, width = x_t.shape[-2:]
+        channels, height, width = x_t.shape[-3:]
+        if channels != self.in_channels:
+            raise ValueError(
+                f"latents have {channels} channels; the U-Net takes {self.in_channels}; change `unet.in_channels` or "
+                "the `autoencoder`"
+            )
         if height % self.downsampling_factor or width % self.downsampling_factor:
             raise ValueError(
                 f"latents are {height} x {width}; allowed are multiples of {self.downsampling_factor}, because the "
@@ -184,6 +165,12 @@ class UNet(nn.Module):
         _check_width("context", conditioning.context, self.context_dim)
         if self.vector_dim is not None:
             _check_width("vector", conditioning.vector, self.vector_dim)
+        concat = 0 if conditioning.concat is None else conditioning.concat.shape[1]
+        if concat != self.concat_channels:
+            raise ValueError(
+                f"the conditioner gives {concat} channels to concatenate; the U-Net takes {self.concat_channels}; "
+                "change `unet.concat_channels` or the `conditioner`"
+            )
 
 
 def _check_width(name: str, entry: Tensor | None, allowed: int | None) -> None:
@@ -195,14 +182,17 @@ def _check_width(name: str, entry: Tensor | None, allowed: int | None) -> None:
         )
 
 
-def _check(channels: int, norm_groups: int, num_heads: int | None, head_channels: int | None) -> None:
-    if (num_heads is None) == (head_channels is None):
+def _check(in_channels: int, out_channels: int, concat_channels: int, memory_format: str) -> None:
+    """Refuse, with ValueError, what `UNetShape` does not look at."""
+    for key, found, least in (
+        ("in_channels", in_channels, 1),
+        ("out_channels", out_channels, 1),
+        ("concat_channels", concat_channels, 0),
+    ):
+        if found < least:
+            raise ValueError(f"{key} is {found}; allowed are numbers from {least}; change `unet.{key}`")
+    if memory_format not in _MEMORY_FORMATS:
         raise ValueError(
-            f"num_heads is {num_heads} and head_channels is {head_channels}; exactly one of them is allowed to be set; "
-            "change `unet.num_heads` and `unet.head_channels`"
-        )
-    if channels % norm_groups:
-        raise ValueError(
-            f"channels are {channels}, which {norm_groups} normalisation groups do not divide; allowed are multiples "
-            "of the groups; change `unet.channels` or `unet.norm_groups`"
+            f"memory_format is {memory_format!r}; allowed are {' and '.join(_MEMORY_FORMATS)}; change "
+            "`unet.memory_format`"
         )

@@ -1,17 +1,20 @@
 """The three stages, each a LightningModule: the autoencoder, the latent diffusion model, LoRA fine-tuning."""
 
 from ldm_train.stages.autoencoder import AutoencoderStage
-from ldm_train.stages.latent_diffusion import LatentDiffusion
+from ldm_train.stages.latent_diffusion import LatentDiffusion, Original
 from ldm_train.stages.lora import LoRAFineTuning
 from ldm_train.stages.moments import EncodedMoments, RememberedMoments
 from ldm_train.stages.optimization import warmup_constant, warmup_cosine
+from ldm_train.stages.text_encoder import load_text_encoder
 
 __all__ = [
     "AutoencoderStage",
     "EncodedMoments",
     "LatentDiffusion",
     "LoRAFineTuning",
+    "Original",
     "RememberedMoments",
+    "load_text_encoder",
     "warmup_constant",
     "warmup_cosine",
 ]

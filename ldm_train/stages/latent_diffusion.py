@@ -6,23 +6,47 @@ The stage conducts: latents, condition, objective. What the network predicts is 
 made the sampler's and the guidance's; averaging, pictures and FID belong to callbacks.
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from ldm_train.batch import ImageTextBatch
+from ldm_train.batch import Conditioning, ImageTextBatch
 from ldm_train.checkpoint import check_digest, digest, drop_prefixes, strict_load
 from ldm_train.conditioning import Conditioner
-from ldm_train.diffusion import ClassifierFreeGuidance, DDIMSampler, Denoiser, DiffusionObjective
-from ldm_train.nn import Autoencoder
-from ldm_train.randomness import Stream, normal
+from ldm_train.diffusion import (
+    ClassifierFreeGuidance,
+    Denoiser,
+    DiffusionLoss,
+    DiffusionObjective,
+    InpaintingDenoiser,
+    Sampler,
+    SamplerState,
+    add_noise,
+)
+from ldm_train.nn import FirstStage
+from ldm_train.randomness import SampleKeys, Stream, normal
 from ldm_train.stages.moments import Moments
 from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory, optimizers, trainable
 
-_FROZEN = ("autoencoder.",)
+
+class Original(NamedTuple):
+    """An image that generation begins with instead of with noise alone.
+
+    Attributes:
+        image: (B, 3, H, W) in [-1, 1].
+        strength: the share of the sampler's steps to be made, in (0, 1]: how much of the image is given up.
+        known: (B, 1, H, W) float, 1 where the image must stay and 0 where something new is wanted; `None`: nowhere must
+            it stay.
+    """
+
+    image: Tensor
+    strength: float = 1.0
+    known: Tensor | None = None
 
 
 class LatentDiffusion(L.LightningModule):
@@ -30,7 +54,8 @@ class LatentDiffusion(L.LightningModule):
 
     Args:
         denoiser: network, schedule and prediction.
-        autoencoder: trained and calibrated; frozen here and left out of checkpoints, which keep its digest.
+        autoencoder: the first stage, trained and calibrated; frozen here and left out of checkpoints, which keep its
+            digest. So are the conditioner's frozen parts.
         conditioner: batch -> conditioning.
         objective: the training loss.
         sampler: how images are generated.
@@ -43,18 +68,17 @@ class LatentDiffusion(L.LightningModule):
         seed: the run's seed, keys every random draw.
 
     Raises:
-        ValueError: for an unknown `posterior`.
+        ValueError: for an unknown `posterior`, or if what the conditioner gives is not what the network takes.
         RuntimeError: if the autoencoder is not calibrated.
-        ValueError: if the conditioner's context is not as wide as the network's cross-attention.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        autoencoder: Autoencoder,
+        autoencoder: FirstStage,
         conditioner: Conditioner,
         objective: DiffusionObjective,
-        sampler: DDIMSampler,
+        sampler: Sampler,
         guidance: ClassifierFreeGuidance,
         optimizer: OptimizerFactory,
         lr_scheduler: SchedulerFactory | None,
@@ -66,14 +90,9 @@ class LatentDiffusion(L.LightningModule):
         autoencoder.require_calibration()
         if posterior not in ("sample", "mode"):
             raise ValueError(f"posterior is {posterior!r}; allowed are sample and mode; change `stage.posterior`")
-        if conditioner.context_dim != denoiser.network.context_dim:
-            raise ValueError(
-                f"the conditioner gives context of width {conditioner.context_dim}, the network attends to width "
-                f"{denoiser.network.context_dim}; allowed are equal widths; change `conditioner.context_dim` or "
-                "`unet.context_dim`"
-            )
+        _check_widths(denoiser.network, autoencoder, conditioner)
         self.denoiser = denoiser
-        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        self.autoencoder = autoencoder.requires_grad_(False).eval()  # type: ignore[attr-defined]
         self.conditioner = conditioner
         self.objective = objective
         self.sampler = sampler
@@ -83,20 +102,31 @@ class LatentDiffusion(L.LightningModule):
         self.moments = moments
         self.posterior = posterior
         self.seed = seed
-        self.autoencoder_digest = digest(autoencoder)
+        self.frozen = {"autoencoder": self.autoencoder}
+        self.frozen |= {f"conditioner.{name}": conditioner.get_submodule(name) for name in conditioner.frozen_parts}
+        self.digests = {name: digest(part) for name, part in self.frozen.items()}
         # Lightning would refuse checkpoints without the frozen parts; `on_load_checkpoint` is stricter than it.
         self.strict_loading = False
 
-    def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
-        """One noising, one prediction, one loss."""
-        drop = self.conditioner.draw_drop(self.seed, batch["epoch"], batch["sample_id"])
-        loss = self._loss(batch, drop)
-        self.log("train/loss", loss)
+    def training_step(self, batch: ImageTextBatch, batch_idx: int) -> dict[str, Tensor]:
+        """One noising, one prediction, one loss; with the times and their errors, for those who watch."""
+        loss = self._loss(batch, self.conditioner.draw_drop(self.seed, batch["epoch"], batch["sample_id"]))
+        self.log("train/loss", loss["loss"].detach(), sync_dist=True)  # of all processes: what one would log
         return loss
 
-    def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> dict[str, Tensor]:
         """The loss on images never trained on, with noise and times that never change."""
-        self.log("val/loss", self._loss(batch, None), batch_size=len(batch["image"]), sync_dist=True)
+        loss = self._loss(batch, None)
+        self.log("val/loss", loss["loss"], batch_size=len(batch["image"]), sync_dist=True)
+        return loss
+
+    def condition(self, batch: ImageTextBatch, drop: Tensor | None = None) -> Conditioning:
+        """What the network is conditioned on, for the B examples of a batch; `drop` (B,) marks null conditions."""
+        return self.conditioner(batch, self.autoencoder, drop)
+
+    def keys(self, batch: ImageTextBatch) -> SampleKeys:
+        """What keys every draw made for a batch."""
+        return SampleKeys(self.seed, batch["epoch"], batch["sample_id"], batch["position"])
 
     @torch.no_grad()
     def latents(self, batch: ImageTextBatch) -> Tensor:
@@ -108,53 +138,109 @@ class LatentDiffusion(L.LightningModule):
         return self.autoencoder.normalise(regularizer.draw(moments, noise)).float()
 
     @torch.no_grad()
-    def generate(self, batch: ImageTextBatch, seeds: Tensor) -> Tensor:
+    def generate(
+        self,
+        batch: ImageTextBatch,
+        seeds: Tensor,
+        negative: ImageTextBatch | None = None,
+        original: Original | None = None,
+        watch: Callable[[SamplerState], None] | None = None,
+    ) -> Tensor:
         """Sample one image per condition of a batch, of the size of its images.
 
         Args:
-            batch: the conditions; the pixels of its images are used by no text-conditional model.
+            batch: the conditions; its pixels matter to conditioners that look at images alone.
             seeds: (B,) int64, one for each image; equal seeds give equal noise.
+            negative: conditions to be guided away from, in the place of the null condition.
+            original: images to begin with, and what of them must stay.
+            watch: is shown the sampler's state after each step.
 
         Returns:
             (B, 3, H, W) in [-1, 1].
         """
-        denoiser = self.guidance(self.denoiser, self.conditioner.null(batch))
-        x_T = self._keyed_normal(batch, 0, seeds, Stream.SAMPLING)
-        latents = self.sampler(denoiser, x_T, self.conditioner(batch), self.seed, seeds)
-        return self.autoencoder.decode(latents).clamp(-1.0, 1.0)
+        away = self.conditioner.null(batch, self.autoencoder) if negative is None else self.condition(negative)
+        denoiser, start = self.guidance(self.denoiser, away), 0
+        x = self._keyed_normal(batch, 0, seeds, Stream.SAMPLING)
+        if original is not None:
+            x_0 = self.autoencoder.encode(original.image).float()
+            start = self.sampler.start_of(original.strength)
+            if start > 0:
+                t = torch.full_like(seeds, self.sampler.start_time(denoiser.schedule, start))
+                x = add_noise(denoiser.schedule, x_0, x, t)
+            if original.known is not None:
+                denoiser = InpaintingDenoiser(denoiser, x_0, _wholly_known(original.known, x_0))
+        for state in self.sampler.trajectory(denoiser, x, self.condition(batch), self.seed, seeds, start):
+            x = state.x_t
+            if watch is not None:
+                watch(state)
+        images = self.autoencoder.decode(x).clamp(-1.0, 1.0)
+        if original is None or original.known is None:
+            return images
+        # What the autoencoder makes of the known pixels is not quite what they were.
+        return torch.where(original.known > 0, original.image, images)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over all trainable parameters."""
         return optimizers(trainable(self), self.optimizer, self.lr_scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen autoencoder out; keep its identity."""
-        checkpoint["state_dict"] = drop_prefixes(checkpoint["state_dict"], _FROZEN)
-        checkpoint["frozen"] = {"autoencoder": self.autoencoder_digest}
+        """Leave the frozen parts out; keep their identity."""
+        checkpoint["state_dict"] = drop_prefixes(checkpoint["state_dict"], self._frozen_prefixes)
+        checkpoint["frozen"] = dict(self.digests)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other parameters, or one trained on another autoencoder."""
-        found = checkpoint.get("frozen", {}).get("autoencoder")
-        check_digest("autoencoder", self.autoencoder_digest, found, "stage.autoencoder.checkpoint")
-        strict_load(self, checkpoint["state_dict"], allowed_missing=_FROZEN)
+        """Refuse a checkpoint of other parameters, or one trained with other frozen parts."""
+        found = checkpoint.get("frozen", {})
+        for name, own in self.digests.items():
+            key = "stage.autoencoder.checkpoint" if name == "autoencoder" else f"{name}.weights"
+            check_digest(name, own, found.get(name), key)
+        strict_load(self, checkpoint["state_dict"], allowed_missing=self._frozen_prefixes)
 
     def train(self, mode: bool = True) -> "LatentDiffusion":
-        """Switch everything but the frozen autoencoder, which stays in evaluation mode."""
+        """Switch everything but the frozen parts, which stay in evaluation mode."""
         super().train(mode)
-        self.autoencoder.eval()
+        for part in self.frozen.values():
+            part.eval()
         return self
+
+    @property
+    def _frozen_prefixes(self) -> tuple[str, ...]:
+        return tuple(f"{name}." for name in self.frozen)
 
     def parts(self) -> dict[str, nn.Module]:
         """The named parts of the start-up summary."""
         return {"unet": self.denoiser.network, "conditioner": self.conditioner, "autoencoder": self.autoencoder}
 
-    def _loss(self, batch: ImageTextBatch, drop: Tensor | None) -> Tensor:
-        conditioning = self.conditioner(batch, drop)
-        draws = (self.seed, batch["epoch"], batch["sample_id"])
-        return self.objective(self.denoiser, self.latents(batch), conditioning, *draws).per_example.mean()
+    def _loss(self, batch: ImageTextBatch, drop: Tensor | None) -> dict[str, Tensor]:
+        found: DiffusionLoss = self.objective(
+            self.denoiser, self.latents(batch), self.condition(batch, drop), self.keys(batch)
+        )
+        return {"loss": found.per_example.mean(), "t": found.t, "square_error": found.square_error}
 
     def _keyed_normal(self, batch: ImageTextBatch, epoch: int, ids: Tensor, stream: Stream) -> Tensor:
         height, width = batch["image"].shape[-2:]
         factor = self.autoencoder.downsampling_factor
         shape = (self.autoencoder.latent_channels, height // factor, width // factor)
         return normal(self.seed, epoch, ids, stream, shape)
+
+
+def _wholly_known(known: Tensor, x_0: Tensor) -> Tensor:
+    """The mask (B, 1, H, W) for latents (B, C, h, w): a latent is known if all its pixels are: (B, 1, h, w)."""
+    return 1.0 - F.adaptive_max_pool2d(1.0 - known, x_0.shape[-2:])
+
+
+def _check_widths(network: nn.Module, first_stage: FirstStage, conditioner: Conditioner) -> None:
+    """Refuse, with ValueError, a network that takes something else than it will get."""
+    given = {
+        "in_channels": (first_stage.latent_channels, "the first stage", "autoencoder.latent_channels"),
+        "context_dim": (conditioner.context_dim, "the conditioner", "conditioner.context_dim"),
+        "concat_channels": (conditioner.concat_channels, "the conditioner", "conditioner.concat_channels"),
+    }
+    if network.vector_dim is not None:  # a network may well ignore a vector
+        given["vector_dim"] = (conditioner.vector_dim, "the conditioner", "conditioner.vector_dim")
+    for name, (found, owner, key) in given.items():
+        if found != getattr(network, name):
+            raise ValueError(
+                f"{owner} gives {key.split('.')[1]} {found}, the network takes {name} {getattr(network, name)}; "
+                f"allowed are equal ones; change `{key}` or `unet.{name}`"
+            )

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ldm_train.checkpoint import check_digest, digest, load_averaged, read_checkpoint, strict_load
 from ldm_train.conditioning import Conditioner
-from ldm_train.diffusion import ClassifierFreeGuidance, DDIMSampler, Denoiser, DiffusionObjective
-from ldm_train.nn import Autoencoder, inject_lora, lora_disabled, lora_layers, lora_state_dict
+from ldm_train.diffusion import ClassifierFreeGuidance, Denoiser, DiffusionObjective, Sampler
+from ldm_train.nn import FirstStage, inject_lora, lora_disabled, lora_layers, lora_state_dict
 from ldm_train.stages.latent_diffusion import LatentDiffusion
 from ldm_train.stages.moments import Moments
 from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory
@@ -47,10 +47,10 @@ class LoRAFineTuning(LatentDiffusion):
         rank: int,
         alpha: float,
         denoiser: Denoiser,
-        autoencoder: Autoencoder,
+        autoencoder: FirstStage,
         conditioner: Conditioner,
         objective: DiffusionObjective,
-        sampler: DDIMSampler,
+        sampler: Sampler,
         guidance: ClassifierFreeGuidance,
         optimizer: OptimizerFactory,
         lr_scheduler: SchedulerFactory | None,

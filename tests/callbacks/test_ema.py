@@ -87,6 +87,18 @@ def test_a_checkpoint_saved_while_swapped_holds_raw_and_averaged_weights(tmp_pat
     assert torch.equal(saved["ema"]["average"]["colours.weight"], ema.average.average["colours.weight"])
 
 
+def test_an_average_on_the_host_is_the_same_and_refuses_other_places(tmp_path):
+    averages = []
+    for device in (None, "cpu"):
+        ema = EMACallback(decay=0.9, device=device)
+        trainer_of(tmp_path, [ema], limit_val_batches=0).fit(ToyStage(), ToyData())
+        assert ema.average.device == device
+        averages.append(ema.average.average["colours.weight"])
+    assert torch.equal(*averages)
+    with pytest.raises(ValueError, match=r"change `callbacks\.ema\.device`"):
+        trainer_of(tmp_path, [EMACallback(device="elsewhere")]).fit(ToyStage(), ToyData())
+
+
 class OneBatch(ToyData):
     """The same batch at every step: the toy's loader knows no position to resume from."""
 

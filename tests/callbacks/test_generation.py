@@ -6,6 +6,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from ldm_train.callbacks import AdapterGrid, EMACallback, MetricsCSV, ReconstructionGrid, SampleEvaluation
+from ldm_train.callbacks.generation import _select
 from ldm_train.metrics import FrechetDistance, RandomConvFeatures, retrieval_at_1, to_uint8
 from tests.callbacks.toy import NUM_IMAGES, ToyData, ToyStage, batch_of, trainer_of
 
@@ -165,3 +166,14 @@ def test_the_adapter_sheet_shows_reference_before_and_after(tmp_path):
     reference = to_uint8(batch_of(range(3))["image"])[:, :, 0, 0]
     grey = tuple(to_uint8(torch.zeros(3)).tolist())
     assert colours >= {tuple(c) for c in after.tolist()} | {tuple(c) for c in reference.tolist()} | {grey}
+
+
+def test_some_rows_of_a_batch_keep_all_that_belongs_to_them():
+    batch = batch_of(range(6)) | {"label": torch.arange(6) * 10, "segmentation": torch.arange(6).view(6, 1, 1)}
+    some = _select(batch, [4, 1])
+    assert some.keys() == batch.keys()
+    assert some["epoch"] == 0
+    assert some["caption"] == ["colour 4", "colour 1"]
+    assert some["label"].tolist() == [40, 10]
+    for name in ("image", "sample_id", "position", "segmentation"):
+        assert torch.equal(some[name], batch[name][[4, 1]])

@@ -7,6 +7,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ldm_train.conditioning import NoConditioner
+from ldm_train.nn import Pixels
+
 NUM_IMAGES = 24
 
 
@@ -19,6 +22,7 @@ def batch_of(indices):
         "image": colours[:, :, None, None].expand(-1, -1, 8, 8).contiguous(),
         "caption": [f"colour {i}" for i in ids.tolist()],
         "sample_id": ids,
+        "position": ids,
         "epoch": 0,
         "key": [f"00000/{i:04d}" for i in ids.tolist()],
     }
@@ -62,6 +66,7 @@ class ToyStage(L.LightningModule):
         self.frozen = nn.Linear(2, 2).requires_grad_(False)
         nn.init.zeros_(self.colours.weight)
         self.learning_rate = learning_rate
+        self.conditioner, self.autoencoder = NoConditioner(), Pixels()
         self.seen = []
         self.scale = 1.0
 

@@ -1,80 +1,143 @@
 """The contract all conditioners keep."""
 
+import inspect
+from functools import cache
+
 import pytest
 import torch
 
-from ldm_train.conditioning import NoConditioner, TransformerTextConditioner
+import ldm_train.conditioning
+from ldm_train.conditioning import (
+    CombinedConditioner,
+    Conditioner,
+    DegradedImageConditioner,
+    LabelConditioner,
+    MaskConditioner,
+    NoConditioner,
+    SemanticMapConditioner,
+    TransformerTextConditioner,
+)
 
-CAPTIONS = ["red apple, a fruit emoji", "blue car", "a very " + "very " * 40 + "long caption", ""]
+from .toy import CAPTIONS, NUM_CLASSES, batch, clip, first_stage
 
 
-def batch(captions=CAPTIONS):
-    return {
-        "image": torch.zeros(len(captions), 3, 8, 8),
-        "caption": list(captions),
-        "sample_id": torch.arange(len(captions)),
-        "epoch": 0,
-        "key": [str(i) for i in range(len(captions))],
+def text(**changes):
+    return TransformerTextConditioner(**({"context_dim": 32, "context_length": 12, "num_layers": 1} | changes))
+
+
+def combined():
+    parts = {
+        "text": text(),
+        "clip": clip(),
+        "label": LabelConditioner(NUM_CLASSES, vector_dim=8),
+        "map": SemanticMapConditioner(NUM_CLASSES),
+        "mask": MaskConditioner(0, concat_channels=5),
     }
+    return CombinedConditioner(parts, drop_rate=0.1)
 
 
-@pytest.fixture(params=["text", "text_factorised", "none"])
-def conditioner(request):
+KINDS = {
+    "none": NoConditioner,
+    "text": text,
+    "text_factorised": lambda: text(token_dim=16),
+    "clip": clip,
+    "clip_vector": lambda: clip(vector_dim=32),
+    "label": lambda: LabelConditioner(NUM_CLASSES, context_dim=8),
+    "label_vector": lambda: LabelConditioner(NUM_CLASSES, vector_dim=8),
+    "semantic_map": lambda: SemanticMapConditioner(NUM_CLASSES),
+    "degraded_image": lambda: DegradedImageConditioner(0),
+    "degraded_latents": lambda: DegradedImageConditioner(
+        0, max_noise=0.5, concat_as="latents", concat_channels=4, vector_dim=8
+    ),
+    "mask": lambda: MaskConditioner(0, concat_channels=5),
+    "mask_last": lambda: MaskConditioner(0, concat_channels=5, convention="latent_diffusion"),
+    "combined": combined,
+}
+
+
+@cache
+def built(kind):
     torch.manual_seed(0)
-    if request.param == "none":
-        return NoConditioner()
-    token_dim = 16 if request.param == "text_factorised" else None
-    return TransformerTextConditioner(32, 12, num_layers=1, num_heads=2, token_dim=token_dim).eval()
+    return KINDS[kind]().eval()
+
+
+@pytest.fixture(params=KINDS)
+def conditioner(request):
+    return built(request.param)
+
+
+@pytest.fixture(scope="module")
+def stage():
+    return first_stage()
 
 
 def entries(conditioning):
     return [entry for entry in conditioning if entry is not None]
 
 
-def test_null_equals_full_drop_and_is_the_same_for_every_example(conditioner):
-    null = conditioner.null(batch())
-    dropped = conditioner(batch(), torch.ones(4, dtype=torch.bool))
+def test_no_conditioner_is_left_out():
+    classes = [kind for _, kind in inspect.getmembers(ldm_train.conditioning, inspect.isclass)]
+    concrete = {kind for kind in classes if issubclass(kind, Conditioner) and not inspect.isabstract(kind)}
+    assert {type(built(kind)) for kind in KINDS} == concrete
+
+
+def test_widths_are_as_declared(conditioner, stage):
+    context, vector, concat = conditioner(batch(), stage)
+    assert (None if context is None else context.shape[2]) == conditioner.context_dim
+    assert (None if vector is None else vector.shape[1]) == conditioner.vector_dim
+    assert (0 if concat is None else concat.shape[1]) == conditioner.concat_channels
+    assert concat is None or concat.shape[2:] == stage.encode(batch()["image"]).shape[2:]
+
+
+def test_null_equals_full_drop_and_is_the_same_for_every_example(conditioner, stage):
+    null = conditioner.null(batch(), stage)
+    dropped = conditioner(batch(), stage, torch.ones(4, dtype=torch.bool))
     for a, b in zip(entries(null), entries(dropped), strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, a[:1].expand_as(a))
 
 
-def test_drop_replaces_marked_examples_alone(conditioner):
+def test_drop_replaces_marked_examples_alone(conditioner, stage):
     drop = torch.tensor([True, False, True, False])
-    mixed, given, null = conditioner(batch(), drop), conditioner(batch()), conditioner.null(batch())
+    mixed, given = conditioner(batch(), stage, drop), conditioner(batch(), stage)
+    null = conditioner.null(batch(), stage)
     for m, g, n in zip(entries(mixed), entries(given), entries(null), strict=True):
         torch.testing.assert_close(m[drop], n[drop])
         torch.testing.assert_close(m[~drop], g[~drop])
+        assert (g[0] - n[0]).abs().max() > 1e-3
 
 
-def test_examples_do_not_mix(conditioner):
-    whole = entries(conditioner(batch()))
+def test_examples_do_not_mix(conditioner, stage):
+    whole = entries(conditioner(batch(), stage))
     for i, caption in enumerate(CAPTIONS):
-        for a, b in zip(whole, entries(conditioner(batch([caption]))), strict=True):
+        for a, b in zip(whole, entries(conditioner(batch([caption]), stage)), strict=True):
             torch.testing.assert_close(a[i : i + 1], b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_drop_rate_is_met_per_example():
-    conditioner = TransformerTextConditioner(8, 4, num_layers=1, num_heads=1, token_dim=2, drop_rate=0.1)
-    drops = conditioner.draw_drop(0, 0, torch.arange(100_000))
-    assert float(drops.float().mean()) == pytest.approx(0.1, abs=4 * 0.3 / 100_000**0.5)
-    other_epoch = conditioner.draw_drop(0, 1, torch.arange(100_000))
-    assert float((drops & other_epoch).float().mean()) == pytest.approx(0.01, abs=0.002)
+def test_the_drop_rate_is_met_per_example(conditioner):
+    count, ids = 100_000, torch.arange(100_000)
+    parts = getattr(conditioner, "parts", {})
+    own = [part.drop_rate for part in parts.values()] or [0.0]
+    rates = torch.tensor([1 - (1 - conditioner.drop_rate) * (1 - rate) for rate in own])
+    drops, again, other_epoch = (conditioner.draw_drop(0, epoch, ids).view(count, -1) for epoch in (0, 0, 1))
+    assert torch.equal(drops, again)
+    assert torch.equal(drops[::7], conditioner.draw_drop(0, 0, ids[::7]).view(-1, len(rates)))
+    assert ((drops.float().mean(0) - rates).abs() <= 4 * (rates * (1 - rates) / count).sqrt()).all()
+    both = (drops & other_epoch).float().mean(0)
+    assert ((both - rates.square()).abs() <= 4 * (rates.square() / count).sqrt()).all()
 
 
-def test_different_captions_give_different_contexts():
-    torch.manual_seed(0)
-    conditioner = TransformerTextConditioner(32, 12, num_layers=1, num_heads=2).eval()
-    context = conditioner(batch(["red apple", "green apple", "apple red"])).context
-    assert torch.pdist(context.flatten(1)).min() > 0.1
+def test_frozen_parts_are_exactly_what_is_not_trained(conditioner):
+    frozen = {name for name, parameter in conditioner.named_parameters() if not parameter.requires_grad}
+    prefixes = tuple(f"{part}." for part in conditioner.frozen_parts)
+    assert frozen == {name for name, _ in conditioner.named_parameters() if prefixes and name.startswith(prefixes)}
+    conditioner.train()
+    for part in conditioner.frozen_parts:
+        assert not any(module.training for module in conditioner.get_submodule(part).modules())
+    conditioner.eval()
 
 
-def test_token_count_tells_which_captions_are_cut():
-    conditioner = TransformerTextConditioner(8, 12, num_layers=1, num_heads=1, token_dim=2)
-    assert [conditioner.token_count(caption) <= 12 for caption in CAPTIONS] == [True, True, False, True]
-
-
-@pytest.mark.parametrize(("change", "key"), [({"drop_rate": 1.5}, "drop_rate"), ({"num_heads": 5}, "num_heads")])
-def test_impossible_arguments_are_refused(change, key):
-    with pytest.raises(ValueError, match=f"change `conditioner.{key}`"):
-        TransformerTextConditioner(**({"context_dim": 32} | change))
+@pytest.mark.parametrize("rate", [-0.1, 1.5])
+def test_a_drop_rate_that_is_no_probability_is_refused(rate):
+    with pytest.raises(ValueError, match=rf"drop_rate is {rate}; allowed are 0 to 1 .* change `conditioner.drop_rate`"):
+        text(drop_rate=rate)

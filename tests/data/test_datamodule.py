@@ -179,6 +179,20 @@ def test_samples_carry_their_own_picture_and_caption(make):
         assert [key.rpartition("/")[2] for key in batch["key"]] == [f"{number:06d}" for number in numbers]
 
 
+def test_positions_are_places_in_the_order_of_each_loader(make):
+    datamodule = make(val_fraction=0.4)
+    order = ShuffledOrder(datamodule.train_index.starts, seed=3)
+    batches = list(datamodule.train_dataloader())
+    for batch in batches:
+        rows = order.rows(0, batch["position"].numpy())
+        assert datamodule.train_index.sample_id[rows].tolist() == batch["sample_id"].tolist()
+    held_out, references = list(datamodule.val_dataloader()), list(datamodule.reference_batches(5, 2))
+    for part in (batches, held_out, references):
+        positions = torch.cat([batch["position"] for batch in part])
+        assert positions.dtype == torch.int64
+        assert positions.tolist() == list(range(len(positions)))
+
+
 def test_validation_sees_each_held_out_sample_once(make):
     datamodule = make(val_fraction=0.4)
     module = Recorder()

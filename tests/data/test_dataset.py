@@ -35,7 +35,7 @@ def dataset_of(path, *, seed=0, fraction=1.0, quarantine=None, required=None, **
 
 
 def fetch(dataset, rows, epoch=0):
-    return dataset[BatchRequest(epoch, np.asarray(rows))]
+    return dataset[BatchRequest(epoch, np.asarray(rows), np.arange(len(rows)))]
 
 
 def test_a_bad_sample_is_replaced_and_shifts_nothing(tmp_path):
@@ -47,6 +47,7 @@ def test_a_bad_sample_is_replaced_and_shifts_nothing(tmp_path):
     assert torch.equal(found["image"][[0, 2]], expected["image"][[0, 2]])
     assert torch.equal(found["image"][1], fetch(good, [substitute])["image"][0])
     assert found["caption"][1] == f"caption {substitute}"
+    assert found["position"].tolist() == [0, 1, 2]
     assert fetch(dataset_of(tmp_path / "b" / "bad.tar"), [3, 9])["sample_id"].tolist() == [substitute, 9]
     assert {int(fetch(bad, [3], epoch)["sample_id"]) for epoch in range(6)} != {substitute}
 

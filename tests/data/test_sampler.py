@@ -124,6 +124,20 @@ def test_changing_ranks_and_batch_size_keeps_the_sequence(counts, sizes, steps):
     assert position == Position(0, len(consumed))
 
 
+@given(layouts, st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_positions_of_a_step_are_consecutive_and_name_their_rows(counts, size, ranks):
+    order = ShuffledOrder(starts_of(counts), 4, groups=2, window=8)
+    if len(order) < size * ranks:
+        return
+    own = [list(TrainingSampler(order, size, rank, ranks)) for rank in range(ranks)]
+    for step, requests in enumerate(zip(*own, strict=True)):
+        together = np.stack([request.positions for request in requests], 1).ravel()
+        assert together.tolist() == list(range(step * size * ranks, (step + 1) * size * ranks))
+        for request in requests:
+            assert request.rows.tolist() == order.rows(0, request.positions).tolist()
+
+
 def test_length_is_that_of_the_full_epoch_after_a_jump():
     sampler = TrainingSampler(ShuffledOrder(starts_of([100]), 0), 3, 0, 2)
     sampler.position = Position(5, 60)
@@ -139,8 +153,10 @@ def test_validation_loses_and_repeats_nothing(rows, size, ranks):
     assert all(len(sampler) == len(own) for sampler, own in zip(samplers, batches, strict=True))
     assert all(1 <= len(batch) <= size + 1 for own in batches for batch in own)
     seen = sorted(row for own in batches for batch in own for row in batch)
+    positions = sorted(place for sampler in samplers for request in sampler for place in request.positions.tolist())
+    assert positions == list(range(len(positions)))
     if rows >= ranks:
-        assert seen == list(range(rows))
+        assert seen == positions == list(range(rows))
     else:
         assert set(seen) == set(range(rows))
         assert len(seen) == ranks

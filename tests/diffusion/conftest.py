@@ -14,14 +14,16 @@ MEAN, STD = 0.7, 0.3
 class GaussianDenoiser:
     """E[x_0 | x_t] for x_0 ~ N(mean, std^2): linear in x_t."""
 
-    def __init__(self, schedule, mean=MEAN, std=STD):
+    def __init__(self, schedule, mean=MEAN, std=STD, variance="posterior", fraction=None):
         self.schedule, self.mean, self.std = schedule, mean, std
+        self.variance, self.fraction = variance, fraction
 
     def __call__(self, x_t, t, conditioning):
-        alpha, sigma = self.schedule.scales(t, x_t.ndim)
+        alpha, sigma = self.schedule.scales(t, x_t.ndim, x_t.dtype)
         gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
         x_0 = self.mean + gain * (x_t - alpha * self.mean)
-        return Denoised(x_0, noise_from_x_0(x_t, x_0, alpha, sigma))
+        fraction = None if self.fraction is None else torch.full_like(x_t, self.fraction)
+        return Denoised(x_0, noise_from_x_0(x_t, x_0, alpha, sigma), fraction)
 
 
 class Oracle(nn.Module):

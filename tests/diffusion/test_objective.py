@@ -2,67 +2,243 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_train.diffusion import PREDICTIONS, Denoiser, DiffusionObjective, linear_schedule
+from ldm_train.diffusion import (
+    P2,
+    PREDICTIONS,
+    Debiased,
+    Denoiser,
+    DiffusionObjective,
+    LossAwareTimes,
+    LowDiscrepancyTimes,
+    MinSNR,
+    Uniform,
+    VariationalBound,
+    linear_schedule,
+)
+from ldm_train.diffusion.likelihood import bound_term
 from ldm_train.diffusion.process import add_noise
-from ldm_train.randomness import Stream, normal
+from ldm_train.randomness import SampleKeys, Stream, normal
+
+WEIGHTINGS = [MinSNR(), P2(), Debiased(), VariationalBound()]
+SHAPE = (2, 4, 4)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("gamma", [None, 5.0])
-def test_a_perfect_denoiser_has_no_loss(prediction, gamma, perfect, nothing, rng):
-    x_0 = torch.randn(32, 3, 4, 4, generator=rng)
-    denoiser = perfect(x_0, linear_schedule(), prediction)
-    loss = DiffusionObjective(gamma)(denoiser, x_0, nothing, 0, 0, torch.arange(32))
-    assert float(loss.per_example.max()) < 1e-6
+def keys(count, first=0, epoch=0, seed=0):
+    ids = torch.arange(first, first + count)
+    return SampleKeys(seed, epoch, ids, ids)
+
+
+def part(of, where):
+    return of._replace(sample_id=of.sample_id[where], position=of.position[where])
 
 
 class Constant(nn.Module):
-    def __init__(self, value):
+    """Says the same of everything, and remembers what it was shown."""
+
+    def __init__(self, *values):
         super().__init__()
-        self.value = value
+        self.values = nn.Parameter(torch.tensor(values))
 
     def forward(self, x_t, t, conditioning):
-        return torch.full_like(x_t, self.value)
+        self.seen = x_t
+        return torch.cat([value.expand_as(x_t) for value in self.values], dim=1)
+
+
+class Fixed(LowDiscrepancyTimes):
+    """Times that are given."""
+
+    def __init__(self, t):
+        super().__init__()
+        self.t = t
+
+    def draw(self, keys, num_steps):
+        return super().draw(keys, num_steps)._replace(t=self.t)
+
+
+def drawn(schedule, t, of, x_0):
+    """x_t and noise of L_simple at times t."""
+    noise = normal(of.seed, of.epoch, of.sample_id, Stream.NOISE, tuple(x_0.shape[1:]))
+    return add_noise(schedule, x_0, noise, t), noise
+
+
+@pytest.fixture
+def x_0(rng):
+    return torch.randn(64, *SHAPE, generator=rng)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("weighting", [None, *WEIGHTINGS], ids=lambda w: type(w).__name__)
+@pytest.mark.parametrize("times", [None, LowDiscrepancyTimes()], ids=lambda t: type(t).__name__)
+def test_a_perfect_denoiser_has_no_loss(prediction, weighting, times, perfect, nothing, x_0):
+    denoiser = perfect(x_0, linear_schedule(), prediction)
+    loss = DiffusionObjective(weighting, times)(denoiser, x_0, nothing, keys(64))
+    assert float(loss.per_example.max()) < 1e-6
 
 
 def test_predicting_no_noise_costs_its_variance(nothing, rng):
     x_0 = torch.randn(512, 3, 8, 8, generator=rng)
-    loss = DiffusionObjective()(Denoiser(Constant(0.0), linear_schedule()), x_0, nothing, 0, 0, torch.arange(512))
-    assert float(loss.per_example.mean()) == pytest.approx(1.0, abs=4 * (2 / x_0.numel()) ** 0.5)
+    loss = DiffusionObjective()(Denoiser(Constant(0.0), linear_schedule()), x_0, nothing, keys(512))
+    assert float(loss.square_error.mean()) == pytest.approx(1.0, abs=4 * (2 / x_0.numel()) ** 0.5)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_min_snr_weighs_one_error_alike_in_every_parameterisation(prediction, nothing):
-    """The weighted loss equals min(SNR, gamma) times the square error of x_0, whatever the network predicts."""
-    schedule, gamma, ids = linear_schedule(), 5.0, torch.arange(64)
-    x_0 = torch.randn(64, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("weighting", [Uniform(), *WEIGHTINGS], ids=lambda w: type(w).__name__)
+def test_the_loss_is_the_weighted_mean_square_error_of_the_prediction(prediction, weighting, nothing, x_0):
+    schedule = linear_schedule()
     denoiser = Denoiser(Constant(0.3), schedule, prediction)
-    loss = DiffusionObjective(gamma)(denoiser, x_0, nothing, 0, 0, ids)
-    noise = normal(0, 0, ids, Stream.NOISE, (2, 4, 4))
-    x_t = add_noise(schedule, x_0, noise, loss.t)
+    loss = DiffusionObjective(weighting)(denoiser, x_0, nothing, keys(64))
+    x_t, noise = drawn(schedule, loss.t, keys(64), x_0)
+    assert torch.equal(denoiser.network.seen, x_t)
+    error = (0.3 - denoiser.target(x_0, noise, loss.t)).square().flatten(1).mean(1)
+    weight = weighting.weight(schedule, prediction)[loss.t].float()
+    torch.testing.assert_close(loss.square_error, error)
+    torch.testing.assert_close(loss.per_example, weight * error)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=lambda w: type(w).__name__)
+def test_one_mistake_costs_the_same_in_every_parameterisation(prediction, weighting, nothing, x_0):
+    """The weighted loss is w(t) times the square error of the x_0 that the prediction implies."""
+    schedule = linear_schedule()
+    denoiser = Denoiser(Constant(0.3), schedule, prediction)
+    loss = DiffusionObjective(weighting)(denoiser, x_0, nothing, keys(64))
+    x_t, _ = drawn(schedule, loss.t, keys(64), x_0)
     error = (denoiser(x_t, loss.t, nothing).x_0 - x_0).double().square().flatten(1).mean(1)
-    expected = schedule.signal_to_noise()[loss.t].clamp(max=gamma) * error
+    expected = weighting.weight(schedule, "x_0")[loss.t] * error
     torch.testing.assert_close(loss.per_example.double(), expected, rtol=2e-3, atol=1e-6)
 
 
-def test_the_loss_of_a_sample_does_not_depend_on_its_batch(nothing, rng):
-    x_0 = torch.randn(8, 3, 4, 4, generator=rng)
-    objective, denoiser = DiffusionObjective(), Denoiser(Constant(0.1), linear_schedule())
-    whole = objective(denoiser, x_0, nothing, 3, 2, torch.arange(8))
-    halves = [objective(denoiser, x_0[part], nothing, 3, 2, torch.arange(8)[part]) for part in (slice(4), slice(4, 8))]
-    assert torch.equal(whole.per_example, torch.cat([half.per_example for half in halves]))
-    other_epoch = objective(denoiser, x_0, nothing, 3, 3, torch.arange(8))
+def test_one_objective_weighs_each_denoiser_by_its_own_schedule_and_prediction(nothing, x_0):
+    objective = DiffusionObjective(MinSNR())
+    denoisers = [Denoiser(Constant(0.3), linear_schedule(steps), p) for steps in (10, 1000) for p in PREDICTIONS]
+    for denoiser in (*denoisers, *denoisers):
+        fresh = DiffusionObjective(MinSNR())(denoiser, x_0, nothing, keys(64))
+        assert torch.equal(objective(denoiser, x_0, nothing, keys(64)).per_example, fresh.per_example)
+
+
+@pytest.mark.parametrize("variance", ["posterior", "learned"])
+@pytest.mark.parametrize("times", [None, LowDiscrepancyTimes()], ids=lambda t: type(t).__name__)
+def test_the_loss_of_a_sample_does_not_depend_on_its_batch(variance, times, nothing, x_0):
+    objective = DiffusionObjective(None, times, offset_noise=0.1, input_perturbation=0.1)
+    values = (0.1, 0.2) if variance == "learned" else (0.1,)
+    denoiser = Denoiser(Constant(*values), linear_schedule(), variance=variance)
+    of = keys(64, epoch=2, seed=3)
+    whole = objective(denoiser, x_0, nothing, of)
+    for rank in range(2):
+        mine = slice(rank, None, 2)
+        half = objective(denoiser, x_0[mine], nothing, part(of, mine))
+        assert torch.equal(half.t, whole.t[mine])
+        torch.testing.assert_close(half.per_example, whole.per_example[mine], rtol=1e-6, atol=1e-7)
+    other_epoch = objective(denoiser, x_0, nothing, of._replace(epoch=3))
     assert not bool((other_epoch.t == whole.t).all())
 
 
-def test_times_are_uniform():
-    t = DiffusionObjective().draw_times(1000, 0, 0, torch.arange(200_000))
-    assert t.min() == 0
-    assert t.max() == 999
-    counts = torch.bincount(t // 100)
-    assert (counts - 20_000).abs().max() < 4.5 * 18_000**0.5
+@pytest.mark.parametrize("training", [True, False])
+def test_offset_noise_moves_whole_channels_of_what_is_seen_and_of_the_target(training, nothing, x_0):
+    schedule, network = linear_schedule(), Constant(0.0)
+    loss = DiffusionObjective(offset_noise=0.2).train(training)(Denoiser(network, schedule), x_0, nothing, keys(64))
+    plain, noise = drawn(schedule, loss.t, keys(64), x_0)
+    moved = network.seen - plain
+    # constant over each channel, and sigma_t 0.2 times a standard normal draw
+    offset = moved / (0.2 * schedule.scales(loss.t, 4)[1])
+    torch.testing.assert_close(offset, offset[:, :, :1, :1].expand_as(offset), rtol=0, atol=3e-3)
+    offset = offset.mean((2, 3))
+    assert float(offset.mean()) == pytest.approx(0.0, abs=4 / 128**0.5)
+    assert float(offset.std()) == pytest.approx(1.0, abs=4 / 256**0.5)
+    expected = (noise + 0.2 * offset[..., None, None]).square().flatten(1).mean(1)
+    torch.testing.assert_close(loss.square_error, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_gamma_must_be_positive():
-    with pytest.raises(ValueError, match=r"allowed are positive numbers .* change `objective.min_snr_gamma`"):
-        DiffusionObjective(0.0)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perturbed_input_keeps_the_target_of_the_noise(prediction, nothing, x_0):
+    schedule, objective = linear_schedule(), DiffusionObjective(input_perturbation=0.1)
+    denoiser = Denoiser(Constant(0.0), schedule, prediction)
+    loss = objective(denoiser, x_0, nothing, keys(64))
+    plain, noise = drawn(schedule, loss.t, keys(64), x_0)
+    expected = denoiser.target(x_0, noise, loss.t).square().flatten(1).mean(1)
+    torch.testing.assert_close(loss.square_error, expected)
+    xi = (denoiser.network.seen - plain) / (0.1 * schedule.scales(loss.t, 4)[1])
+    assert float(xi.std()) == pytest.approx(1.0, abs=4 / (2 * xi.numel()) ** 0.5)
+    assert abs(float((xi * noise).mean())) < 4 / xi.numel() ** 0.5  # noise of its own
+    objective.eval()(denoiser, x_0, nothing, keys(64))
+    assert torch.equal(denoiser.network.seen, plain)
+
+
+@pytest.mark.parametrize("decoder", ["gaussian", "discrete"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_hybrid_loss_is_the_simple_one_and_the_bound(prediction, decoder, nothing, x_0):
+    schedule = linear_schedule(20)
+    denoiser = Denoiser(Constant(0.3, -0.4), schedule, prediction, "learned")
+    loss = DiffusionObjective(bound_weight=0.05, decoder=decoder)(denoiser, x_0, nothing, keys(64))
+    x_t, _ = drawn(schedule, loss.t, keys(64), x_0)
+    estimate = denoiser(x_t, loss.t, nothing)
+    term = bound_term(schedule, "learned", x_0, loss.t, estimate.x_0, estimate.variance_fraction, decoder)
+    torch.testing.assert_close(loss.per_example - loss.square_error, 0.05 * 20 * term, rtol=1e-3, atol=1e-4)
+    assert int((loss.t == 0).sum()) > 0  # the decoder was among them
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_bound_teaches_the_variance_and_the_square_error_the_mean(prediction, nothing, x_0):
+    def gradients(variance, *values):
+        denoiser = Denoiser(Constant(*values), linear_schedule(), prediction, variance)
+        DiffusionObjective()(denoiser, x_0, nothing, keys(64)).per_example.mean().backward()
+        return denoiser.network.values.grad
+
+    (alone,) = gradients("posterior", 0.3)
+    mean, fraction = gradients("learned", 0.3, 0.2)
+    assert float(mean) == pytest.approx(float(alone), rel=1e-6)
+    assert float(fraction) != 0
+
+
+def test_the_bound_is_least_at_the_true_variance(gaussian, nothing):
+    """Standard normal data, perfectly denoised: beta is the variance of every reverse step (fraction 1)."""
+    x_0 = torch.randn(4096, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    schedule = linear_schedule(50)
+    perfect = gaussian(schedule, 0.0, 1.0)
+
+    class Network(nn.Module):
+        def __init__(self, fraction):
+            super().__init__()
+            self.fraction = fraction
+
+        def forward(self, x_t, t, conditioning):
+            return torch.cat([perfect(x_t, t, conditioning).x_0, torch.full_like(x_t, 2 * self.fraction - 1)], dim=1)
+
+    def bound(fraction):
+        denoiser = Denoiser(Network(fraction), schedule, "x_0", "learned")
+        loss = DiffusionObjective()(denoiser, x_0, nothing, keys(4096))
+        inside = loss.t > 0
+        return float((loss.per_example - loss.square_error)[inside].mean())
+
+    assert bound(1.0) < min(bound(0.8), bound(1.2))
+
+
+def test_times_drawn_too_often_count_for_less_and_learn_from_the_loss_without_its_weight(nothing, x_0):
+    times = LossAwareTimes(8, history=1)
+    objective = DiffusionObjective(MinSNR(), times)
+    denoiser = Denoiser(Constant(0.3), linear_schedule(8), "v")
+    fixed = DiffusionObjective(MinSNR(), Fixed(torch.arange(8).repeat(8)))
+    everywhere = fixed(denoiser, x_0, nothing, keys(64))
+    times.observe(everywhere.t, everywhere.per_example, keys(64))
+    p, before = times.probabilities(), times.seen.sum()
+
+    loss = objective(denoiser, x_0, nothing, keys(64, epoch=1))
+    unweighted = MinSNR().weight(denoiser.schedule, "v")[loss.t] * loss.square_error
+    torch.testing.assert_close(loss.per_example.double(), unweighted / (8 * p[loss.t]), rtol=1e-5, atol=0)
+    assert float(p.max() / p.min()) > 1.5
+    assert int(times.seen.sum() - before) == 64
+    last = {t: float(value) for t, value in zip(loss.t.tolist(), unweighted, strict=True)}
+    for t, value in last.items():
+        assert float(times.losses[t, 0]) == pytest.approx(value, rel=1e-5)
+
+    objective.eval()(denoiser, x_0, nothing, keys(64, epoch=2))
+    assert int(times.seen.sum() - before) == 64
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("offset_noise", -0.1), ("input_perturbation", -0.1), ("bound_weight", 0.0), ("decoder", "uniform")],
+)
+def test_what_is_out_of_range_is_refused(key, value):
+    with pytest.raises(ValueError, match=rf"^{key} is .*; allowed are .*; change `objective.{key}`$"):
+        DiffusionObjective(**{key: value})

@@ -4,21 +4,53 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
-from ldm_train.diffusion import DDIMSampler, DDPMSampler, cosine_schedule, linear_schedule, sampling_times
+from ldm_train.batch import Conditioning
+from ldm_train.diffusion import (
+    DDIMSampler,
+    DDPMSampler,
+    Denoiser,
+    DPMSolverSampler,
+    EulerSampler,
+    HeunSampler,
+    NoiseSchedule,
+    linear_schedule,
+    sampling_times,
+    scaled_linear_schedule,
+)
 from ldm_train.randomness import Stream, normal
 
 from .conftest import MEAN, STD
 
-COUNT = 20_000
+COUNT = 8_000
 SEEDS = torch.arange(COUNT)
 SAMPLERS = [
     DDIMSampler(200),
     DDIMSampler(200, eta=0.5),
     DDIMSampler(200, spacing="linspace"),
     DDPMSampler(250),
-    DDPMSampler(1000),
+    EulerSampler(200),
+    EulerSampler(200, churn=20.0),
+    HeunSampler(50),
+    HeunSampler(50, churn=5.0),
+    DPMSolverSampler(50),
 ]
+EVERY_KIND = [
+    DDPMSampler(10),
+    DDIMSampler(10),
+    DDIMSampler(10, eta=1.0),
+    EulerSampler(10),
+    EulerSampler(10, churn=4.0),
+    HeunSampler(10),
+    HeunSampler(10, churn=4.0),
+    DPMSolverSampler(10),
+]
+
+
+def name(sampler):
+    options = [f"{key}={value}" for key, value in vars(sampler).items() if key in ("num_steps", "eta", "churn")]
+    return "-".join([type(sampler).__name__, *options, sampler.spacing])
 
 
 def sample(sampler, denoiser, nothing, seeds=SEEDS):
@@ -26,57 +58,305 @@ def sample(sampler, denoiser, nothing, seeds=SEEDS):
     return sampler(denoiser, x_T, nothing, 1, seeds).flatten()
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: f"{type(s).__name__}-{s.num_steps}-{s.eta}-{s.spacing}")
-def test_an_analytic_gaussian_is_recovered(sampler, gaussian, nothing):
-    x = sample(sampler, gaussian(linear_schedule()), nothing).double()
-    assert float(x.mean()) == pytest.approx(MEAN, abs=4 * STD / COUNT**0.5 + 0.002)
-    # A step replaces the reverse distribution by the posterior of one estimate, an error of first order in its length.
-    assert float(x.std()) == pytest.approx(STD, rel=0.02 + 12 / sampler.num_steps)
+class TestGaussian:
+    @pytest.mark.parametrize("sampler", SAMPLERS, ids=name)
+    @pytest.mark.parametrize("zero_terminal_snr", [False, True])
+    def test_is_recovered(self, sampler, zero_terminal_snr, gaussian, nothing):
+        x = sample(sampler, gaussian(linear_schedule(zero_terminal_snr=zero_terminal_snr)), nothing).double()
+        assert float(x.mean()) == pytest.approx(MEAN, abs=4 * STD / COUNT**0.5 + 0.002)
+        # A step replaces the reverse distribution by the posterior of one estimate, an error of first order.
+        assert float(x.std()) == pytest.approx(STD, rel=0.03 + 12 / sampler.num_steps)
+
+    @pytest.mark.parametrize(
+        ("kind", "order"),
+        [(DDIMSampler, 1), (EulerSampler, 1), (HeunSampler, 2), (DPMSolverSampler, 2)],
+    )
+    def test_is_approached_with_the_sampler_s_order(self, kind, order, gaussian, nothing):
+        """The deterministic map is known in closed form: halving the steps divides its error by 2^order."""
+        denoiser = gaussian(even_schedule())
+        x_T = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
+        exact = denoiser(flowed(denoiser, x_T), torch.zeros(9, dtype=torch.long), nothing).x_0
+        errors = []
+        for intervals in (32, 64, 128):
+            x = kind(intervals + 1, spacing="linspace")(denoiser, x_T, nothing, 1, torch.arange(9))
+            errors.append(float((x - exact).abs().mean()))
+        for coarse, fine in pairwise(errors):
+            assert coarse / fine == pytest.approx(2.0**order, rel=0.12)
+
+    def test_is_approached_by_ancestral_sampling_with_first_order(self, gaussian, nothing):
+        denoiser = gaussian(even_schedule())
+        alpha, sigma = denoiser.schedule.alpha[0], denoiser.schedule.sigma[0]
+        exact = float(alpha * STD**2 / (alpha**2 * STD**2 + sigma**2).sqrt())  # of the last estimate of x_0
+        samplers = (DDPMSampler(intervals + 1, spacing="linspace") for intervals in (8, 16, 32))
+        errors = [float(sample(sampler, denoiser, nothing, torch.arange(40_000)).std()) - exact for sampler in samplers]
+        for coarse, fine in pairwise(errors):
+            assert coarse / fine == pytest.approx(2.0, rel=0.2)
+
+    @pytest.mark.parametrize("num_steps", [2, 10])
+    def test_of_unit_variance_is_exact_at_every_step_with_the_variance_beta(self, num_steps, gaussian, nothing):
+        """The reverse of a chain whose marginals are all N(0, 1) has the chain's own betas."""
+        sampler = DDPMSampler(num_steps, spacing="leading", final_alpha="first")
+        x_T = normal(1, 0, SEEDS, Stream.SAMPLING, (1, 1, 1))
+        denoiser = gaussian(linear_schedule(), 0.0, 1.0, variance="beta")
+        for state in sampler.trajectory(denoiser, x_T, nothing, 1, SEEDS):
+            assert float(state.x_t.std()) == pytest.approx(1.0, rel=4 / (2 * COUNT) ** 0.5)
+
+    @pytest.mark.parametrize("sampler", EVERY_KIND, ids=name)
+    def test_of_no_variance_is_one_point(self, sampler, gaussian, nothing):
+        x = sample(sampler, gaussian(linear_schedule(), MEAN, 0.0), nothing, torch.arange(8))
+        torch.testing.assert_close(x, torch.full_like(x, MEAN))
 
 
-def test_ddim_converges_with_first_order(gaussian, nothing):
-    """The deterministic map is known in closed form: halving the step halves its error."""
-    denoiser, seeds = gaussian(cosine_schedule()), torch.arange(64)
-    x_T = normal(1, 0, seeds, Stream.SAMPLING, (1, 1, 1)).flatten().double()
-    alpha, sigma = denoiser.schedule.alpha_bar[-1].sqrt(), (1 - denoiser.schedule.alpha_bar[-1]).sqrt()
-    exact = MEAN + STD * (x_T - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2).sqrt()
-    errors = [
-        float((sample(DDIMSampler(n), denoiser, nothing, seeds).double() - exact).abs().mean()) for n in (20, 40, 80)
-    ]
-    assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.15)
-    assert errors[1] / errors[2] == pytest.approx(2.0, rel=0.15)
+def even_schedule(num_steps=1025, most=3.0):
+    """log SNR falls in equal steps, so that all spacings are even in what the solvers step in."""
+    alpha_bar = torch.sigmoid(torch.linspace(2 * most, -2 * most, num_steps, dtype=torch.float64))
+    return NoiseSchedule(1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]]))
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_an_image_depends_on_its_seed_and_not_on_its_batch(eta, gaussian, nothing):
-    sampler, denoiser = DDIMSampler(10, eta=eta), gaussian(linear_schedule())
-    together = sample(sampler, denoiser, nothing, torch.arange(8))
-    alone = torch.cat([sample(sampler, denoiser, nothing, torch.tensor([i])) for i in range(8)])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
-    assert len(together.unique()) == 8
+def flowed(denoiser, x_T):
+    """Where the probability flow of a Gaussian takes x_T at the first time: it keeps its distance in deviations."""
+    alpha, sigma = denoiser.schedule.alpha, denoiser.schedule.sigma
+    spread = (alpha**2 * STD**2 + sigma**2).sqrt()
+    return alpha[0] * MEAN + spread[0] * (x_T - alpha[-1] * MEAN) / spread[-1]
 
 
-def test_leading_times_are_those_of_the_published_code():
-    assert sampling_times(1000, 50, "leading") == list(range(981, 0, -20))
+class TestRelations:
+    """What one sampler's image says about another's."""
+
+    def test_ancestral_sampling_with_the_posterior_s_variance_is_ddim_with_eta_1(self, gaussian, nothing):
+        denoiser, seeds = gaussian(linear_schedule()), torch.arange(16)
+        one, other = (sample(s, denoiser, nothing, seeds) for s in (DDPMSampler(20), DDIMSampler(20, eta=1.0)))
+        torch.testing.assert_close(one, other)
+
+    @pytest.mark.parametrize(("fraction", "fixed"), [(0.0, "posterior"), (1.0, "beta")])
+    def test_a_learned_variance_ends_in_the_fixed_ones(self, fraction, fixed, gaussian, nothing):
+        seeds = torch.arange(16)
+        learned = gaussian(linear_schedule(), variance="learned", fraction=fraction)
+        one = sample(DDPMSampler(20), learned, nothing, seeds)
+        torch.testing.assert_close(
+            one, sample(DDPMSampler(20), gaussian(linear_schedule(), variance=fixed), nothing, seeds)
+        )
+        half = gaussian(linear_schedule(), variance="learned", fraction=0.5)
+        assert not torch.allclose(one, sample(DDPMSampler(20), half, nothing, seeds))
+
+    def test_euler_is_ddim(self, gaussian, nothing):
+        denoiser, seeds = gaussian(linear_schedule()), torch.arange(16)
+        assert torch.equal(
+            sample(EulerSampler(20), denoiser, nothing, seeds), sample(DDIMSampler(20), denoiser, nothing, seeds)
+        )
+
+    @pytest.mark.parametrize("kind", [EulerSampler, HeunSampler])
+    def test_churn_adds_noise(self, kind, gaussian, nothing):
+        denoiser, seeds = gaussian(linear_schedule()), torch.zeros(16, dtype=torch.long)
+        x = torch.ones(16, 1, 1, 1)
+        still, churned = (kind(20, churn=churn)(denoiser, x, nothing, 1, torch.arange(16)) for churn in (0.0, 8.0))
+        assert len(still.unique()) == 1
+        assert len(churned.unique()) == 16
+        assert len(kind(20, churn=8.0)(denoiser, x, nothing, 1, seeds).unique()) == 1
+
+    @pytest.mark.parametrize("sampler", EVERY_KIND, ids=name)
+    def test_an_image_depends_on_its_seed_and_not_on_its_batch(self, sampler, gaussian, nothing):
+        denoiser = gaussian(linear_schedule())
+        together = sample(sampler, denoiser, nothing, torch.arange(8))
+        alone = torch.cat([sample(sampler, denoiser, nothing, torch.tensor([i])) for i in range(8)])
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+        assert len(together.unique()) == 8
+
+    @pytest.mark.parametrize("sampler", EVERY_KIND, ids=name)
+    def test_nothing_exceeds_the_clip(self, sampler, gaussian, nothing):
+        sampler = type(sampler)(**{**vars(sampler), "clip_x_0": 0.75})
+        denoiser = gaussian(linear_schedule())
+        states = list(sampler.trajectory(denoiser, torch.randn(64, 1, 1, 1), nothing, 1, torch.arange(64)))
+        assert all(float(state.x_0.abs().max()) <= 0.75 for state in states)
+        assert float(states[-1].x_t.max()) == pytest.approx(0.75)
+
+    def test_a_clipped_estimate_has_the_noise_that_makes_up_the_state(self, gaussian, nothing):
+        denoiser, x = gaussian(linear_schedule()), torch.randn(64, 1, 1, 1)
+        sampler = DDIMSampler(4, spacing="linspace", clip_x_0=0.5)
+        alpha, sigma = denoiser.schedule.alpha, denoiser.schedule.sigma
+        for state in sampler.trajectory(denoiser, x, nothing, 1, torch.arange(64)):
+            if state.t >= 0:
+                t = {666: 999, 333: 666, 0: 333}[state.t]
+                noise = (x - alpha[t] * state.x_0) / sigma[t]
+                expected = alpha[state.t] * state.x_0 + sigma[state.t] * noise
+                torch.testing.assert_close(state.x_t, expected, rtol=1e-5, atol=1e-5)
+            x = state.x_t
 
 
-@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 27, 50, 101, 500, 501, 999, 1000])
-def test_times_are_distinct_descending_and_in_range(spacing, num_steps):
-    times = sampling_times(1000, num_steps, spacing)
-    assert len(times) == num_steps
-    assert all(a > b for a, b in pairwise(times))
-    assert 0 <= times[-1] <= times[0] <= 999
-    if spacing != "leading":
-        assert times[0] == 999
+class TestTrajectory:
+    @pytest.mark.parametrize("sampler", EVERY_KIND, ids=name)
+    def test_it_visits_the_times_and_ends_where_the_call_ends(self, sampler, gaussian, nothing):
+        denoiser, x, seeds = gaussian(linear_schedule()), torch.randn(4, 2, 3, 3), torch.arange(4)
+        states = list(sampler.trajectory(denoiser, x, nothing, 1, seeds))
+        assert [state.step for state in states] == list(range(1, 11))
+        assert [state.t for state in states] == [*sampling_times(1000, 10, "trailing")[1:], -1]
+        assert torch.equal(states[-1].x_t, sampler(denoiser, x, nothing, 1, seeds))
+        assert torch.equal(states[-1].x_t, states[-1].x_0)
+
+    @pytest.mark.parametrize("sampler", [s for s in EVERY_KIND if not isinstance(s, DPMSolverSampler)], ids=name)
+    def test_it_goes_on_from_any_step_as_if_unbroken(self, sampler, gaussian, nothing):
+        denoiser, x, seeds = gaussian(linear_schedule()), torch.randn(4, 2, 3, 3), torch.arange(4)
+        states = list(sampler.trajectory(denoiser, x, nothing, 1, seeds))
+        for start in (1, 5, 9):
+            assert sampler.start_time(denoiser.schedule, start) == states[start - 1].t
+            assert torch.equal(sampler(denoiser, states[start - 1].x_t, nothing, 1, seeds, start), states[-1].x_t)
+
+    def test_a_late_start_keeps_more_of_the_image(self, gaussian, nothing):
+        """Noised to the start's time and denoised again, an image keeps what the noise left of it."""
+        denoiser, seeds, sampler = gaussian(linear_schedule()), torch.arange(COUNT), DDIMSampler(200)
+        image = MEAN + STD * normal(2, 0, seeds, Stream.NOISE, (1, 1, 1))
+        kept = []
+        for strength in (0.2, 0.5, 0.8):
+            start = sampler.start_of(strength)
+            assert start == round(200 * (1 - strength))
+            t = sampler.start_time(denoiser.schedule, start)
+            alpha, sigma = denoiser.schedule.alpha[t], denoiser.schedule.sigma[t]
+            x_t = alpha * image + sigma * normal(1, 0, seeds, Stream.SAMPLING, (1, 1, 1))
+            again = sampler(denoiser, x_t, nothing, 1, seeds, start)
+            assert float(again.std()) == pytest.approx(STD, rel=0.05)
+            kept.append(float(torch.corrcoef(torch.stack([image.flatten(), again.flatten()]))[0, 1]))
+            assert kept[-1] == pytest.approx(float(alpha * STD / (alpha**2 * STD**2 + sigma**2).sqrt()), abs=0.04)
+        assert kept == sorted(kept, reverse=True)
+
+    @pytest.mark.parametrize("sampler", EVERY_KIND, ids=name)
+    def test_it_needs_no_gradient_and_leaves_the_caller_s_mode_alone(self, sampler, nothing):
+        network = Wave().requires_grad_(True)
+        denoiser = Denoiser(network, linear_schedule())
+        for state in sampler.trajectory(denoiser, torch.randn(2, 1, 2, 2), nothing, 1, torch.arange(2)):
+            assert torch.is_grad_enabled()
+            assert not state.x_t.requires_grad
+            assert not state.x_0.requires_grad
+
+    @pytest.mark.parametrize("start", [-1, 10])
+    def test_a_start_without_steps_is_refused(self, start, gaussian, nothing):
+        with pytest.raises(ValueError, match=r"allowed are 0 to 9.* change `start`"):
+            DDIMSampler(10)(gaussian(linear_schedule()), torch.randn(1, 1, 1, 1), nothing, 1, torch.arange(1), start)
+
+    @pytest.mark.parametrize(("strength", "start"), [(1.0, 0), (0.75, 5), (0.35, 13), (0.01, 19)])
+    def test_strength_is_the_share_of_steps_made(self, strength, start):
+        assert DDIMSampler(20).start_of(strength) == start
+
+    @pytest.mark.parametrize("strength", [0.0, 1.1])
+    def test_strength_out_of_range_is_refused(self, strength):
+        with pytest.raises(ValueError, match=r"allowed are .* change `strength`"):
+            DDIMSampler(20).start_of(strength)
 
 
-@pytest.mark.parametrize(("num_steps", "spacing"), [(0, "trailing"), (1001, "leading"), (5, "middle")])
-def test_impossible_times_are_refused(num_steps, spacing):
-    with pytest.raises(ValueError, match=r"allowed are .* change `sampler"):
-        sampling_times(1000, num_steps, spacing)
+class Wave(nn.Module):
+    """A network that is neither linear in the state nor alike at all times."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x_t, t, conditioning):
+        return self.gain * torch.sin(2 * x_t) * (1.2 - t.view(-1, 1, 1, 1) / 2000) + 0.1
 
 
-def test_eta_out_of_range_is_refused():
-    with pytest.raises(ValueError, match=r"change `sampler\.eta`"):
-        DDIMSampler(10, eta=1.5)
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+class TestDiffusers:
+    """The same noise and network under the schedulers of diffusers."""
+
+    def ours(self, sampler):
+        denoiser = Denoiser(Wave(), scaled_linear_schedule())
+        x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        return x, [s.x_t for s in sampler.trajectory(denoiser, x, Conditioning(), 1, torch.arange(2))]
+
+    @torch.no_grad()
+    def theirs(self, scheduler, x, in_coordinates_of_x_over_alpha=False):
+        network = Wave()
+        if in_coordinates_of_x_over_alpha:
+            x = x * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
+        for i, t in enumerate(scheduler.timesteps):
+            output = network(scheduler.scale_model_input(x, t), torch.tensor([int(t)]), None)
+            x = scheduler.step(output, t, x).prev_sample
+            yield x / (scheduler.sigmas[i + 1] ** 2 + 1) ** 0.5 if in_coordinates_of_x_over_alpha else x
+
+    def compare(self, states, expected):
+        expected = list(expected)
+        assert len(states) == len(expected)
+        for state, value in zip(states, expected, strict=True):
+            torch.testing.assert_close(state, value.float(), rtol=1e-5, atol=1e-5 * float(value.abs().max()))
+
+    # Theirs finds the next time by subtracting T // num_steps, which is right for these.
+    @pytest.mark.parametrize(
+        ("spacing", "final_alpha", "num_steps"),
+        [("leading", "first", 50), ("leading", "first", 27), ("leading", "one", 20), ("trailing", "one", 20)],
+    )
+    def test_ddim(self, spacing, final_alpha, num_steps):
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler(
+            **BETAS,
+            clip_sample=False,
+            set_alpha_to_one=final_alpha == "one",
+            steps_offset=1,
+            timestep_spacing=spacing,
+        )
+        scheduler.set_timesteps(num_steps)
+        sampler = DDIMSampler(num_steps, spacing=spacing, final_alpha=final_alpha)
+        x, states = self.ours(sampler)
+        assert scheduler.timesteps.tolist() == sampling_times(1000, num_steps, spacing)
+        self.compare(states, self.theirs(scheduler, x))
+
+    # Theirs visits times between the schedule's where (T - 1) / (num_steps - 1) is no integer.
+    @pytest.mark.parametrize(
+        ("spacing", "num_steps"), [("leading", 20), ("trailing", 20), ("trailing", 30), ("linspace", 28)]
+    )
+    def test_euler(self, spacing, num_steps):
+        from diffusers import EulerDiscreteScheduler
+
+        scheduler = EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing=spacing)
+        scheduler.set_timesteps(num_steps)
+        x, states = self.ours(EulerSampler(num_steps, spacing=spacing))
+        assert [round(float(t)) for t in scheduler.timesteps] == sampling_times(1000, num_steps, spacing)
+        self.compare(states, self.theirs(scheduler, x, in_coordinates_of_x_over_alpha=True))
+
+    @pytest.mark.parametrize("num_steps", [8, 20, 30])
+    @pytest.mark.parametrize("spacing", ["leading", "trailing"])
+    def test_dpm_solver(self, spacing, num_steps):
+        from diffusers import DPMSolverMultistepScheduler
+
+        scheduler = DPMSolverMultistepScheduler(**BETAS, final_sigmas_type="zero")
+        scheduler.set_timesteps(timesteps=sampling_times(1000, num_steps, spacing))
+        x, states = self.ours(DPMSolverSampler(num_steps, spacing=spacing))
+        self.compare(states, self.theirs(scheduler, x))
+
+
+class TestTimes:
+    def test_leading_times_are_those_of_the_published_code(self):
+        assert sampling_times(1000, 50, "leading") == list(range(981, 0, -20))
+
+    @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+    @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 16, 27, 50, 101, 500, 501, 999, 1000])
+    def test_they_are_distinct_descending_and_in_range(self, spacing, num_steps):
+        times = sampling_times(1000, num_steps, spacing)
+        assert len(times) == num_steps
+        assert all(a > b for a, b in pairwise(times))
+        assert 0 <= times[-1] <= times[0] <= 999
+        if spacing != "leading":
+            assert times[0] == 999
+
+    @pytest.mark.parametrize(("num_steps", "spacing"), [(0, "trailing"), (1001, "leading"), (5, "middle")])
+    def test_impossible_ones_are_refused(self, num_steps, spacing):
+        with pytest.raises(ValueError, match=r"allowed are .* change `sampler"):
+            sampling_times(1000, num_steps, spacing)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "key"),
+    [
+        (DDIMSampler, {"eta": 1.5}, "eta"),
+        (DDIMSampler, {"clip_x_0": 0.0}, "clip_x_0"),
+        (DPMSolverSampler, {"spacing": "middle"}, "spacing"),
+        (DDPMSampler, {"final_alpha": "zero"}, "final_alpha"),
+        (EulerSampler, {"churn": -1.0}, "churn"),
+        (HeunSampler, {"churn": -1.0}, "churn"),
+    ],
+)
+def test_what_no_sampler_can_do_is_refused(kind, arguments, key):
+    with pytest.raises(ValueError, match=rf"allowed are .*; change `sampler\.{key}`"):
+        kind(10, **arguments)

@@ -133,6 +133,59 @@ def test_loading_is_strict_and_lists_every_difference():
         load_average(_module(), broken)
 
 
+def _train(ema, module):
+    generator = torch.Generator().manual_seed(0)
+    for images in (4, 8, 16):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter))
+        ema.update(module, images)
+
+
+def _check_the_host_s_average_against_the_module_s(device, dtype):
+    modules = [_module().to(device, dtype) for _ in range(2)]
+    beside, host = (
+        ExponentialMovingAverage(m, decay=0.5, device=d) for m, d in zip(modules, (None, "cpu"), strict=True)
+    )
+    for ema, module in zip((beside, host), modules, strict=True):
+        _train(ema, module)
+    for name, average in host.average.items():
+        assert average.device.type == "cpu"
+        torch.testing.assert_close(average, beside.average[name].cpu(), rtol=1e-6, atol=1e-7)
+    raw = _values(modules[1])
+    with host.swap(modules[1]), beside.swap(modules[0]):
+        assert all(value.device.type == "cpu" for value in host.raw.values())
+        shown = [_values(module) for module in modules]
+        for name in host.average:
+            torch.testing.assert_close(shown[1][name], shown[0][name])
+    _assert_equal(_values(modules[1]), raw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_on_the_host_is_the_average_beside_the_parameters(dtype):
+    _check_the_host_s_average_against_the_module_s("cpu", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_on_the_host_follows_parameters_on_a_gpu(dtype):
+    _check_the_host_s_average_against_the_module_s("cuda", dtype)
+
+
+def test_a_state_fits_wherever_the_average_is_kept():
+    module = _module()
+    beside, host = ExponentialMovingAverage(module), ExponentialMovingAverage(_module(seed=1), device="cpu")
+    beside.update(module)
+    host.load_state_dict(beside.state_dict())
+    _assert_equal(host.average, beside.average)
+
+
+def test_another_device_than_the_host_is_refused():
+    with pytest.raises(ValueError, match=r"'cuda:1'; allowed are cpu .* change `callbacks\.ema\.device`"):
+        ExponentialMovingAverage(_module(), device="cuda:1")
+
+
 @pytest.mark.parametrize(
     "arguments", [{"half_life_images": 10}, {"decay": None}, {"decay": 1.0}, {"decay": None, "half_life_images": 0}]
 )

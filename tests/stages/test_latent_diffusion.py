@@ -21,14 +21,17 @@ def part(whole, rows):
 
 
 def test_the_loss_does_not_depend_on_how_a_batch_is_split(stage):
-    whole = stage.training_step(batch(4), 0)
-    halves = [stage.training_step(part(batch(4), rows), 0) for rows in (slice(2), slice(2, 4))]
+    whole = stage.training_step(batch(4), 0)["loss"]
+    halves = [stage.training_step(part(batch(4), rows), 0)["loss"] for rows in (slice(2), slice(2, 4))]
     torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2, rtol=1e-5, atol=1e-5)
 
 
 def test_noise_differs_between_epochs_in_training_and_never_in_validation(stage):
-    assert stage.training_step(batch(epoch=0), 0) != stage.training_step(batch(epoch=1), 0)
-    assert stage.training_step(batch(epoch=1), 0) == stage.training_step(batch(epoch=1), 0)
+    def loss(epoch):
+        return stage.training_step(batch(epoch=epoch), 0)["loss"]
+
+    assert loss(0) != loss(1)
+    assert loss(1) == loss(1)
 
 
 def test_an_image_depends_on_its_caption_and_seed_alone(stage):
@@ -58,7 +61,7 @@ def test_guidance_scale_changes_images_and_one_is_conditional(stage):
 def test_the_frozen_autoencoder_gets_no_gradient_and_stays_out_of_checkpoints(stage):
     stage.train()
     assert not stage.autoencoder.training
-    stage.training_step(batch(), 0).backward()
+    stage.training_step(batch(), 0)["loss"].backward()
     assert all(p.grad is None for p in stage.autoencoder.parameters())
     trained = [name for name, p in stage.named_parameters() if p.requires_grad and p.grad is None]
     assert trained == []

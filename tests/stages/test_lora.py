@@ -51,7 +51,7 @@ def test_only_adapters_are_trained_and_saved(checkpoint, monkeypatch):
     monkeypatch.setattr(LoRAFineTuning, "log", lambda *_, **__: None)
     stage = lora(checkpoint)
     learn(stage)
-    stage.training_step(batch(), 0).backward()
+    stage.training_step(batch(), 0)["loss"].backward()
     with_gradient = {name for name, p in stage.named_parameters() if p.grad is not None}
     content = {"state_dict": stage.state_dict()}
     stage.on_save_checkpoint(content)

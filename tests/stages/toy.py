@@ -26,6 +26,7 @@ def batch(count=4, epoch=0, first=0):
         "image": torch.rand(count, 3, 16, 16, generator=generator) * 2 - 1,
         "caption": [CAPTIONS[(first + i) % 4] for i in range(count)],
         "sample_id": torch.arange(first, first + count),
+        "position": torch.arange(first, first + count),
         "epoch": epoch,
         "key": [str(first + i) for i in range(count)],
     }

@@ -14,6 +14,7 @@ import hydra
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sources import AUTOENCODER
 
 from ldm_train.checkpoint import load_pretrained
 from ldm_train.interchange import build, export_compvis
@@ -84,7 +85,7 @@ def test_diffusers_reads_the_folder(kind, tmp_path):
 
 def test_stage_2_takes_what_was_converted(tmp_path):
     cfg = composed("experiment=demo", "autoencoder=tiny", f"stage.autoencoder.checkpoint={tmp_path / 'converted.ckpt'}")
-    node = convert.compose_node("tiny", ())
+    node = AUTOENCODER.compose("tiny", ())
     autoencoder = calibrated(node)
     tensors, _ = export_compvis(node, autoencoder.state_dict())
     save_file(tensors, tmp_path / "published.safetensors")

@@ -1,6 +1,7 @@
 """`tools/fetch_weights.py`: only the published bytes get the published name."""
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -36,7 +37,7 @@ def server(tmp_path, monkeypatch):
         Thread(target=http.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{http.server_port}"
         monkeypatch.setitem(
-            fetch_weights.WEIGHTS, "tiny", fetch_weights.Weights(FILE, address, 2.6, "a test: some.key")
+            fetch_weights.WEIGHTS, "tiny", fetch_weights.Weights(FILE, f"{address}/{FILE}", 2.6, "a test: some.key")
         )
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         yield folder, address, handler
@@ -135,7 +136,16 @@ def test_by_default_a_file_lands_where_lpips_looks():
     assert fetch_weights.parse(["vgg16"]).directory / weights.file == cached_backbone()
 
 
-@pytest.mark.parametrize("name", ["vgg16", "inception"])
+def test_a_file_published_under_another_name_gets_the_one_that_says_its_digest(server, tmp_path, monkeypatch):
+    folder, address, _ = server
+    (folder / FILE).rename(folder / "model.bin")
+    renamed = replace(fetch_weights.WEIGHTS["tiny"], address=f"{address}/model.bin")
+    monkeypatch.setitem(fetch_weights.WEIGHTS, "tiny", renamed)
+    assert fetch(tmp_path / "weights") == 0
+    assert (tmp_path / "weights" / FILE).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("name", ["vgg16", "inception", "clip_l14", "openclip_h14"])
 def test_every_published_name_says_its_digest(name, tmp_path):
     file = fetch_weights.WEIGHTS[name].file
     (tmp_path / file).write_bytes(b"")

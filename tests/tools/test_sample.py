@@ -94,6 +94,7 @@ def test_the_png_says_how_to_make_it_again(draw, tiny_runs):
         "prompt": prompt,
         "seed": "4",
         "checkpoint": str(checkpoint(tiny_runs, "demo")),
+        "sampler": "ddim",
         "steps": "2",
         "guidance": "2.5",
         "eta": "0.5",
@@ -120,13 +121,83 @@ def test_prompts_come_from_a_file_as_well(draw, tmp_path):
     assert [Image.open(path).text["prompt"] for path in sorted(folder.glob("0*.png"))] == list(PROMPTS)
 
 
-def test_what_a_long_prompt_loses_is_named(draw, capsys):
-    draw("short", prompts=PROMPTS[:1])
-    assert "warning" not in capsys.readouterr().err
-    draw("long", prompts=("very " * 22 + "yellow sun",))
-    assert "does not see 'yellow sun'" in capsys.readouterr().err
-    draw("longer", prompts=("very " * 21 + "yellow sun",))
-    assert "does not see 'sun'" in capsys.readouterr().err
+@pytest.mark.parametrize(("length", "unseen"), [(22, "yellow sun"), (21, "sun")])
+def test_a_prompt_that_the_encoder_would_cut_is_refused(tiny_runs, tmp_path, capsys, length, unseen):
+    long = "very " * length + "yellow sun"
+    arguments = ["--checkpoint", checkpoint(tiny_runs, "demo"), "--prompt", long, "--output", tmp_path / "long"]
+    assert sample.main([str(x) for x in arguments]) == 2
+    error = capsys.readouterr().err
+    assert f"has {length + 4} tokens; the text encoder takes 24 and would not see '{unseen}'; shorten --prompt" in error
+    assert not (tmp_path / "long").exists()
+    assert draw_longest(tiny_runs, tmp_path, "very " * 20 + "yellow sun") == 0
+
+
+def draw_longest(runs, folder, prompt):
+    arguments = [
+        "--checkpoint",
+        checkpoint(runs, "demo"),
+        "--prompt",
+        prompt,
+        "--steps",
+        1,
+        "--output",
+        folder / "fits",
+    ]
+    return sample.main([str(x) for x in arguments])
+
+
+@pytest.mark.parametrize("kind", sample.SAMPLERS)
+def test_every_sampler_draws_and_is_named_in_the_picture(draw, kind):
+    folder = draw(kind, "--sampler", kind, prompts=PROMPTS[:1])
+    assert Image.open(folder / "00000.png").text["sampler"] == kind
+
+
+def test_a_negative_prompt_steers_away_and_the_empty_one_is_none(draw):
+    strong = ["--guidance", 1000]  # the model has seen little, and hardly hears its captions
+    plain, empty = pixels(draw("plain", *strong)), pixels(draw("empty", *strong, "--negative", ""))
+    away = pixels(draw("away", *strong, "--negative", PROMPTS[1]))
+    assert (plain == empty).all()
+    assert np.abs(plain - away).mean() > 1
+
+
+def test_an_image_is_kept_where_the_mask_is_black_and_the_more_the_lower_the_strength(draw, tmp_path):
+    picture = np.zeros((32, 32, 3), np.uint8)
+    picture[:, :16] = (200, 30, 30)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, 16:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    begin = ["--image", tmp_path / "picture.png"]
+    filled = pixels(draw("filled", *begin, "--mask", tmp_path / "mask.png"))
+    assert (filled[:, :, :16] == picture[:, :16]).all()
+    assert (filled[:, :, 16:] != picture[:, 16:]).any()
+    distances = []
+    for strength in (0.1, 0.5, 1.0):
+        drawn = pixels(draw(f"s{strength}", *begin, "--strength", strength, "--steps", 10))
+        distances.append(np.abs(drawn - pixels(draw("one", "--steps", 10))).mean())
+    assert distances[0] > distances[1] > distances[2] == 0  # at full strength the picture is forgotten
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mask", "mask.png"], "give --image"),
+        (["--image", "absent.png"], "no picture at absent.png"),
+        (["--sampler", "euler", "--eta", "0.5"], "allowed with --sampler ddim"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tiny_runs, tmp_path, capsys, options, message):
+    arguments = [
+        "--checkpoint",
+        str(checkpoint(tiny_runs, "demo")),
+        "--prompt",
+        "x",
+        "--output",
+        str(tmp_path),
+        *options,
+    ]
+    assert sample.main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_what_cannot_be_used_is_named_with_what_can(tiny_runs, tmp_path, capsys):

@@ -1,0 +1,81 @@
+"""The layers have torch's values, whoever computes the products."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ldm_train.nn import linear as module
+from ldm_train.nn.linear import Linear, PointwiseConv2d, feature_map, linear, tokens
+
+ONEDNN = pytest.mark.skipif(not module._HAS_ONEDNN, reason="this build of torch has no oneDNN")
+
+
+def draw(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def results(function, x, weight, bias, g):
+    """The value, and the gradients of what wants one, in float64."""
+    y = function(x, weight, bias)
+    wanted = [tensor for tensor in (x, weight, bias) if tensor is not None and tensor.requires_grad]
+    return [tensor.double() for tensor in (y.detach(), *torch.autograd.grad(y, wanted, g.to(y.dtype)))]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 64, 33, 48), (4, 1, 16, 1)])
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, True), (True, True, None)])
+@pytest.mark.parametrize("layout", ["plain", "strided", "expanded"])
+def test_value_and_gradients_are_those_of_exact_arithmetic(shape, wanted, layout):
+    batch, count, c_in, c_out = shape
+    x, weight, bias = draw(batch, count, c_in), draw(c_out, c_in), draw(c_out)
+    g = draw(batch, count, c_out)
+    if layout == "strided":
+        x, g = draw(batch, c_in, count).transpose(1, 2), draw(batch, c_out, count).transpose(1, 2)
+    if layout == "expanded":
+        g = torch.ones(()).expand(batch, count, c_out)
+    given = [
+        None if want is None else tensor.requires_grad_(want)
+        for tensor, want in zip((x, weight, bias), wanted, strict=True)
+    ]
+    exact = [
+        None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in given
+    ]
+    for found, expected in zip(results(linear, *given, g), results(F.linear, *exact, g), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@ONEDNN
+def test_float32_on_a_cpu_takes_the_fast_way_and_nothing_else_does(monkeypatch):
+    calls = []
+    product = module._product
+    monkeypatch.setattr(module, "_product", lambda *given: calls.append(1) or product(*given))
+    layer, x = Linear(4, 6), draw(2, 3, 4)
+    layer(x)
+    assert len(calls) == 1
+    layer(x).sum().backward()
+    assert len(calls) == 3  # the value and the weight's gradient; nobody wants the input's
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    layer.double()(x.double())
+    layer.bfloat16()(x.bfloat16())
+    layer.to("meta")(x.to("meta"))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_pointwise_convolution_is_a_convolution(memory_format):
+    torch.manual_seed(0)
+    layer, plain = PointwiseConv2d(6, 4), nn.Conv2d(6, 4, 1)
+    plain.load_state_dict(layer.state_dict())
+    x = draw(2, 6, 5, 3).contiguous(memory_format=memory_format)
+    torch.testing.assert_close(layer(x), plain(x))
+    assert layer(x).is_contiguous(memory_format=memory_format)
+
+
+def test_tokens_of_a_channels_last_map_are_a_view_and_back():
+    x = draw(2, 6, 5, 3).contiguous(memory_format=torch.channels_last)
+    seen = tokens(x)
+    assert seen.is_contiguous()
+    assert seen.data_ptr() == feature_map(seen, x).data_ptr() == x.data_ptr()
+    assert torch.equal(seen[1, 4], x[1, :, 1, 1])  # row by row
+    assert torch.equal(feature_map(seen, x), x)

@@ -1,0 +1,112 @@
+"""Measure how fast this code is, beside what others get from the same machine in the same run.
+
+    python tools/benchmark.py unet --unet sd1 --latents 64 --batch 8
+    python tools/benchmark.py unet --unet sd1 --set channels=64 --latents 32 --batch 2 --device cpu --without bfloat16
+
+`unet` times a training step, forward and backward, of an option of `conf/unet`. Optimisations are switched on one by
+one, each beside diffusers' U-Net of the same shape as its users get it: float32, contiguous, eager, fused attention.
+The two take turns step by step, so that whatever slows the machine down slows both. All figures are medians.
+
+- step, images/s: of one training step.
+- of diffusers: the step's time as a share of the time of diffusers' steps between which it ran.
+- of above: of the row above, likewise; what the optimisation brings.
+- TFLOP/s, or MFU: the arithmetic of the model by the step's time, as a share of what the device can do in bfloat16. Counted are the
+  products and convolutions of a forward and backward pass, once, also where checkpointing computes them twice.
+- GiB: the most memory that was held during a step, weights and gradients included, without the other network's.
+
+On one CPU thread the clock is the processor's own, because other programs may have their turn as well.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from benchmark_unet import OPTIMISATIONS, Row, benchmark_unet
+from rich.console import Console
+from rich.table import Table
+
+GPU_WARMUP_S = 180.0
+
+
+def table(rows: list[Row], facts: dict[str, object]) -> Table:
+    """The rows for people."""
+    shown = Table(title=f"{facts['unet']}, {facts['parameters']:,} parameters, on {facts['device']}")
+    shown.add_column("", no_wrap=True)
+    speed = "TFLOP/s" if facts["peak_tflops"] is None else "MFU"
+    for title in ("step, s", "images/s", "of diffusers", "of above", speed, "GiB"):
+        shown.add_column(title, justify="right")
+    for row in rows:
+        shown.add_row(
+            row.name,
+            f"{row.step:.4f}",
+            f"{row.images_per_second:.2f}",
+            _number(row.of_diffusers, ".3f"),
+            _number(row.of_row_above, ".3f"),
+            f"{row.tflops:.3f}" if row.mfu is None else f"{row.mfu:.1%}",
+            _number(None if row.memory is None else row.memory / 2**30, ".2f"),
+        )
+    return shown
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def positive(text: str) -> int:
+    """An option's whole number, at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is given; allowed: 1 or more")
+    return number
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser(
+        "unet", help="training steps of a U-Net", description="See --help of the tool."
+    ).add_argument
+    add("--unet", default="sd1", help="option of conf/unet (default: %(default)s)")
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to it, as `channels=64`")
+    add("--latents", type=positive, default=64, help="height and width of the latents (default: %(default)s)")
+    add("--latent-channels", type=positive, default=4, help="their channels (default: %(default)s)")
+    add("--batch", type=positive, default=8, help="images a step (default: %(default)s)")
+    add("--context", type=positive, default=77, help="context tokens (default: %(default)s)")
+    add("--context-dim", type=positive, default=768, help="their width (default: %(default)s)")
+    add("--vector-dim", type=positive, help="width of the vector, if the network takes one")
+    add("--steps", type=positive, default=20, help="timed steps a row (default: %(default)s)")
+    add("--optimizer", action="store_true", help="end each step with AdamW")
+    add("--without", nargs="*", default=[], choices=OPTIMISATIONS, help="rows to leave out")
+    add("--alone", action="store_true", help="not beside diffusers")
+    add("--warmup-s", type=float, help=f"seconds of warm-up (default: {GPU_WARMUP_S:.0f} on a GPU, else 0)")
+    add("--peak-tflops", type=float, help="of the device in bfloat16, dense (default: known for common GPUs)")
+    add("--output", type=Path, help="a JSON file for the figures")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    add("--device", choices=devices, default=devices[0], help="what this machine has (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    if arguments.warmup_s is None:
+        arguments.warmup_s = GPU_WARMUP_S if arguments.device == "cuda" else 0.0
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 2 if something cannot be measured."""
+    arguments = parse(argv)
+    console = Console(stderr=True)
+    try:
+        rows, facts = benchmark_unet(arguments, console)
+    except ValueError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    Console().print(table(rows, facts))
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
