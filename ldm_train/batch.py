@@ -22,6 +22,8 @@ class ImageTextBatch(TypedDict):
         key: B strings, `<shard>/<__key__>`, to name a sample to a person.
         label: (B,) int64 class of each image; there if `data.label` asks for it.
         segmentation: (B, H, W) int64 class of each pixel; there if `data.segmentation` asks for it.
+        hole: (B, 1, H, W) float32, 1 where a person wants something new in an image and 0 where it must stay; there if
+            one asks for it, in training holes are drawn.
     """
 
     image: Tensor
@@ -32,6 +34,7 @@ class ImageTextBatch(TypedDict):
     key: list[str]
     label: NotRequired[Tensor]
     segmentation: NotRequired[Tensor]
+    hole: NotRequired[Tensor]
 
 
 class Conditioning(NamedTuple):

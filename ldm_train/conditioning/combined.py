@@ -67,6 +67,11 @@ class CombinedConditioner(Conditioner):
         channels = sum(part.concat_channels for part in parts.values())
         self.concat_channels = _stated("concat_channels", concat_channels, channels) or 0
 
+    def check(self, first_stage: FirstStage) -> None:
+        """Every part looks for itself."""
+        for part in self._parts():
+            part.check(first_stage)
+
     def draw_drop(self, seed: int, epoch: int, sample_id: Tensor) -> Tensor:
         """Which examples lose which parts, a function of (seed, epoch, sample id): (B, P) bool."""
         draws = uniform(seed, epoch, sample_id, Stream.CONDITION_DROP, (1 + len(self.parts),))

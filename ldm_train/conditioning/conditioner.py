@@ -58,6 +58,10 @@ class Conditioner(nn.Module, ABC):
             The conditioning, whose tensors have B as first dimension.
         """
 
+    def check(self, first_stage: FirstStage) -> None:
+        """Refuse, with ValueError, a first stage whose latents do not fit; most conditioners look at none."""
+        return
+
     def draw_drop(self, seed: int, epoch: int, sample_id: Tensor) -> Tensor:
         """Which training examples lose their condition, a function of (seed, epoch, sample id): (B,) bool.
 

@@ -85,6 +85,7 @@ class DegradedImageConditioner(Conditioner):
         Raises:
             ValueError: if the images cannot be made smaller by the factor, or the maps have other channels than stated.
         """
+        self.check(first_stage)
         degraded = self.low_resolution(batch)  # (B, 3, H / f, W / f)
         height, width = batch["image"].shape[-2:]
         if self.concat_as == "latents":
@@ -93,8 +94,6 @@ class DegradedImageConditioner(Conditioner):
         else:
             size = first_stage.downsampling_factor
             concat = _resample(degraded, height // size, width // size)
-        made = concat.shape[1]
-        _check(made == self.concat_channels, "concat_channels", self.concat_channels, f"{made}, those of the latents")
         vector = None
         if self.vector_dim is not None:
             vector = sinusoidal_embedding(_LEVEL_SCALE * self.noise_level(batch), self.vector_dim)
@@ -102,6 +101,11 @@ class DegradedImageConditioner(Conditioner):
             concat = concat.masked_fill(drop[:, None, None, None], 0.0)
             vector = vector if vector is None else vector.masked_fill(drop[:, None], 0.0)
         return Conditioning(vector=vector, concat=concat)
+
+    def check(self, first_stage: FirstStage) -> None:
+        """Compare the channels that are made with those that were stated."""
+        made = first_stage.latent_channels if self.concat_as == "latents" else _IMAGE_CHANNELS
+        _check(made == self.concat_channels, "concat_channels", self.concat_channels, f"{made}, those of the latents")
 
     def low_resolution(self, batch: ImageTextBatch) -> Tensor:
         """The degraded images: (B, 3, H / f, W / f), in [-1, 1] but for the noise.

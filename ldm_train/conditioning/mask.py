@@ -104,6 +104,11 @@ class MaskConditioner(Conditioner):
         """
         return self.condition_on(batch["image"], self.masks(batch), first_stage, drop)
 
+    def check(self, first_stage: FirstStage) -> None:
+        """Compare the channels that are made with those that were stated."""
+        made = first_stage.latent_channels + 1
+        _check(made == self.concat_channels, "concat_channels", self.concat_channels, f"{made}: the latents' and one")
+
     def condition_on(
         self, image: Tensor, mask: Tensor, first_stage: FirstStage, drop: Tensor | None = None
     ) -> Conditioning:
@@ -118,12 +123,11 @@ class MaskConditioner(Conditioner):
         Raises:
             ValueError: if the latents have other channels than stated.
         """
+        self.check(first_stage)
         if drop is not None:
             mask = mask.masked_fill(drop[:, None, None, None], 1.0)
         with torch.no_grad():
             latents = first_stage.encode(self._filled(image, mask)).to(image.dtype)  # (B, C, h, w)
-        made = latents.shape[1] + 1
-        _check(made == self.concat_channels, "concat_channels", self.concat_channels, f"{made}: the latents' and one")
         # A latent of which any pixel is missing says nothing for sure: it is in the hole.
         cells = F.max_pool2d(mask, first_stage.downsampling_factor)  # (B, 1, h, w)
         cells = self.convention.known + (1.0 - self.convention.known) * cells
@@ -131,7 +135,9 @@ class MaskConditioner(Conditioner):
         return Conditioning(concat=torch.cat(maps, dim=1))
 
     def masks(self, batch: ImageTextBatch) -> Tensor:
-        """The samples' holes: (B, 1, H, W) float32, 1 in the hole and 0 where the image is known."""
+        """The samples' holes, or those that the batch has: (B, 1, H, W) float32, 1 in the hole, 0 where it is known."""
+        if "hole" in batch:
+            return batch["hole"]
         height, width = batch["image"].shape[-2:]
         counts = (1, 1, 1 + 4 * _MAX_BOXES, 4 + 2 * _MAX_SEGMENTS, 1)
         draws = uniform(self.seed, batch["epoch"], batch["sample_id"], Stream.MASK, (sum(counts),))

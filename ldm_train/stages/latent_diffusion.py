@@ -48,6 +48,11 @@ class Original(NamedTuple):
     strength: float = 1.0
     known: Tensor | None = None
 
+    def put_into(self, batch: ImageTextBatch) -> ImageTextBatch:
+        """A batch with these images, and with their holes for conditioners that were trained on holes."""
+        batch = batch | {"image": self.image}
+        return batch if self.known is None else batch | {"hole": 1.0 - self.known}
+
 
 class LatentDiffusion(L.LightningModule):
     """Trains a denoiser, and a conditioner with trainable parameters, on the latents of images.
@@ -158,6 +163,8 @@ class LatentDiffusion(L.LightningModule):
         Returns:
             (B, 3, H, W) in [-1, 1].
         """
+        if original is not None:
+            batch, negative = original.put_into(batch), negative and original.put_into(negative)
         away = self.conditioner.null(batch, self.autoencoder) if negative is None else self.condition(negative)
         denoiser, start = self.guidance(self.denoiser, away), 0
         x = self._keyed_normal(batch, 0, seeds, Stream.SAMPLING)
@@ -231,6 +238,7 @@ def _wholly_known(known: Tensor, x_0: Tensor) -> Tensor:
 
 def _check_widths(network: nn.Module, first_stage: FirstStage, conditioner: Conditioner) -> None:
     """Refuse, with ValueError, a network that takes something else than it will get."""
+    conditioner.check(first_stage)
     given = {
         "in_channels": (first_stage.latent_channels, "the first stage", "autoencoder.latent_channels"),
         "context_dim": (conditioner.context_dim, "the conditioner", "conditioner.context_dim"),

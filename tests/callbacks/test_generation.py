@@ -120,11 +120,11 @@ def _one_rank(rank, directory, world, shared):
     trainer.datamodule = ToyData()
     trainer.strategy.connect(stage)
     evaluation._prepare_reference(trainer, stage)
-    tiles = evaluation._generate(trainer, stage)
+    sheet = evaluation._generate(trainer, stage)
     shared[rank] = (
         evaluation.distance.compute().item(),
         evaluation.retrieval.compute()["retrieval_at_1"].item(),
-        torch.stack([tile.image for tile in tiles]).long().sum().item(),
+        torch.stack(sheet.images["generated"]).long().sum().item(),
     )
     torch.distributed.destroy_process_group()
 

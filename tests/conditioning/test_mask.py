@@ -154,3 +154,13 @@ def test_impossible_arguments_are_refused(change, key):
 def test_latents_of_other_channels_are_refused():
     with pytest.raises(ValueError, match=r"concat_channels is 4; allowed are 5: the latents' and one"):
         conditioner_of(concat_channels=4)(batch_of(), Averages())
+
+
+def test_a_hole_that_the_batch_has_takes_the_place_of_the_drawn_one():
+    conditioner, first_stage = conditioner_of(), Averages()
+    hole = torch.zeros(6, 1, 16, 16)
+    hole[:, :, :8] = 1.0
+    batch = batch_of() | {"hole": hole}
+    assert torch.equal(conditioner.masks(batch), hole)
+    expected = conditioner.condition_on(batch["image"], hole, first_stage)
+    assert torch.equal(conditioner(batch, first_stage).concat, expected.concat)

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from ldm_train.diffusion import ClassifierFreeGuidance
-from ldm_train.stages import LatentDiffusion
+from ldm_train.conditioning import MaskConditioner
+from ldm_train.diffusion import ClassifierFreeGuidance, Denoiser, cosine_schedule
+from ldm_train.nn import UNet
+from ldm_train.stages import LatentDiffusion, Original
 
 from ..nn.test_unet import randomised
 from .toy import autoencoder, batch, diffusion_parts, latent_diffusion
@@ -102,3 +104,46 @@ def test_latents_are_draws_whose_mean_is_the_mode(stage):
 def test_an_unknown_posterior_is_refused():
     with pytest.raises(ValueError, match=r"change `stage.posterior`"):
         latent_diffusion(posterior="median")
+
+
+def test_a_model_of_holes_is_told_the_hole_and_keeps_the_rest():
+    torch.manual_seed(0)
+    unet = UNet(4, 4, 16, (1, 2), 1, (2,), concat_channels=5, num_heads=2, norm_groups=8)
+    parts = {"denoiser": Denoiser(unet, cosine_schedule(100), "v"), "conditioner": MaskConditioner(0, 5)}
+    stage = latent_diffusion(**parts).eval()
+    randomised(stage.denoiser.network)
+    seen = []
+    unet.register_forward_hook(lambda module, inputs, output: seen.append(inputs[2].concat))
+    images, known = batch(2)["image"], torch.ones(2, 1, 16, 16)
+    known[:, :, 4:9, :] = 0.0
+    drawn = stage.generate(batch(2), torch.tensor([0, 1]), original=Original(images, known=known))
+    mask = seen[0][-2:, 0]  # of the conditional half, first channel, at half the resolution
+    assert torch.equal(mask[0].mean(1), torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]))
+    assert torch.equal(drawn[:, :, :4], images[:, :, :4])
+    assert torch.equal(drawn[:, :, 9:], images[:, :, 9:])
+    assert not torch.equal(drawn[:, :, 4:9], images[:, :, 4:9])
+
+
+def test_an_original_given_up_wholly_is_no_original(stage):
+    stage.eval()
+    seeds, other = torch.tensor([0, 1]), batch(2, first=7)["image"]
+    plain = stage.generate(batch(2), seeds)
+    assert torch.equal(plain, stage.generate(batch(2), seeds, original=Original(other, strength=1.0)))
+    little = stage.generate(batch(2), seeds, original=Original(other, strength=0.25))
+    reconstructed = stage.autoencoder.decode(stage.autoencoder.encode(other)).clamp(-1, 1)
+    assert (little - reconstructed).abs().mean() < (plain - reconstructed).abs().mean()
+
+
+def test_every_state_on_the_way_is_shown(stage):
+    stage.eval()
+    states = []
+    image = stage.generate(batch(1), torch.tensor([3]), watch=states.append)
+    assert [state.step for state in states] == [1, 2, 3, 4]
+    assert states[-1].t == -1
+    assert torch.equal(stage.autoencoder.decode(states[-1].x_t).clamp(-1, 1), image)
+
+
+def test_losses_are_unweighted_in_what_callbacks_see(stage):
+    found = stage.training_step(batch(4), 0)
+    assert found["t"].shape == found["square_error"].shape == (4,)
+    torch.testing.assert_close(found["loss"], found["square_error"].mean())  # of a uniform weighting
