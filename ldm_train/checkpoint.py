@@ -188,13 +188,21 @@ def load_averaged(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
 def drop_prefixes(state: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     """The entries whose names start with none of the prefixes."""
-    return {name: value for name, value in state.items() if not name.startswith(prefixes)}
+    return {name: value for name, value in state.items() if not name.startswith(prefixes or ("\0",))}
 
 
-def digest(module: nn.Module) -> str:
-    """SHA-256 over the names, types and values of a module's state dict: its identity wherever its file lies."""
+def digest(module: nn.Module, without: tuple[str, ...] = ()) -> str:
+    """SHA-256 over the names, types and values of a module's state dict: its identity wherever its file lies.
+
+    Args:
+        module: what is identified.
+        without: prefixes of names that do not belong to it.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     result = hashlib.sha256()
-    for name, value in module.state_dict().items():
+    for name, value in drop_prefixes(module.state_dict(), without).items():
         array = value.detach().cpu().contiguous()
         result.update(f"{name}:{array.dtype}:{tuple(array.shape)}".encode())
         result.update(array.flatten().view(torch.uint8).numpy().data)

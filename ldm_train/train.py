@@ -106,7 +106,7 @@ _CHECKPOINTS = (
 
 # Parts of a stage that may change between two halves of a run: they train nothing, or say where files lie.
 _FREE = {"sampler", "guidance", "checkpoint", "base_checkpoint", "weights", "key", "total_steps"}
-_FREE |= {"memory_format", "checkpoint_factors", "tile_size", "tile_overlap"}  # of memory, not of what is trained
+_FREE |= {"memory_format", "checkpoint_factors", "tile_size", "tile_overlap", "compile_network"}  # of memory and speed
 
 
 def _leaves(node: object, path: str = "stage") -> dict[str, object]:

@@ -331,7 +331,8 @@ def benchmark_unet(arguments: argparse.Namespace, console: Console) -> tuple[lis
         torch.compiler.reset()
         measurements.append(in_turns(setting, contender(setting), reference, watch, arguments.steps, floor))
         gc.collect()
-    device, peak = device_and_peak(arguments)
+    device = device_name(arguments.device)
+    peak = arguments.peak_tflops or known_peak(device)
     facts = {
         "unet": arguments.unet,
         "overrides": arguments.set,
@@ -384,8 +385,11 @@ def resident() -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def device_and_peak(arguments: argparse.Namespace) -> tuple[str, float | None]:
-    """The device's name, and its peak in TFLOP/s if that is told or known."""
-    name = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
-    known = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
-    return name, arguments.peak_tflops or known
+def device_name(device: str) -> str:
+    """What the device is called."""
+    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+
+
+def known_peak(device: str) -> float | None:
+    """The peak of a device by its name, in TFLOP/s."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", device)), None)

@@ -44,6 +44,7 @@ from ldm_train.diffusion import (
 from ldm_train.metrics import to_uint8
 from ldm_train.nn import inject_lora, load_lora_state_dict, lora_layers, lora_shape
 from ldm_train.stages import LatentDiffusion, LoRAFineTuning, Original
+from ldm_train.stages.lora import OF_TRAINING
 
 SHOWN = 64  # images on the grid
 SAMPLERS: dict[str, type[Sampler]] = {
@@ -114,7 +115,7 @@ def add_lora(stage: LatentDiffusion, path: Path, console: Console) -> None:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file ({error}); change --lora") from error
-    if base != (own := digest(stage)):
+    if base != (own := digest(stage, without=OF_TRAINING)):
         trained_on = f"on the base model {base[:12]}" if base else "on a base model it does not name"
         warn(console, f"{path} was trained {trained_on}, this one is {own[:12]}: the pictures may be poor")
     try:

@@ -69,8 +69,10 @@ class LabelConditioner(Conditioner):
                 "where it is found, or take another `conditioner`"
             )
         label = batch["label"]
-        # The null row would answer to the number K as well, unnoticed.
-        if strangers := label[(label < 0) | (label >= self.num_classes)].tolist():
+        # The null row would answer to the number K as well, unnoticed. To look on a GPU would hold up every step.
+        is_known = label.device.type != "cpu" or bool(((label >= 0) & (label < self.num_classes)).all())
+        if not is_known:
+            strangers = label[(label < 0) | (label >= self.num_classes)].tolist()
             raise ValueError(
                 f"a label is {strangers[0]}; allowed are 0 to {self.num_classes - 1}; change `conditioner.num_classes` "
                 "or `data.label`"

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_train.nn.linear import Linear, PointwiseConv2d, feature_map, tokens
+from ldm_train.nn.linear import Conv2d, Linear, feature_map, tokens
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _TRANSFORMER_NORM_EPSILON = 1e-6
@@ -124,7 +124,7 @@ class SpatialTransformer(nn.Module):
         return x + self.project_out(feature_map(h, x))
 
     def _projection(self, channels: int) -> nn.Module:
-        return (Linear if self.linear_projection else PointwiseConv2d)(channels, channels)
+        return Linear(channels, channels) if self.linear_projection else Conv2d(channels, channels, 1)
 
 
 class PlainAttention(nn.Module):

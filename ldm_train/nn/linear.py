@@ -1,15 +1,19 @@
-"""Linear layers over tokens and over the positions of a feature map: y = W x + b.
+"""The linear layers, over tokens and over feature maps: torch's, with the same parameters and values, fast on any CPU.
 
-They are torch's layers, with the same parameters and the same values. What differs is who computes float32 products on
-a CPU. Torch gives these to MKL, which on processors of other makers runs at half the speed of oneDNN, the library that
-computes the convolutions (AMD EPYC 9005, one core: 100 against 240 GFLOP/s), and has no switch to change that. So the
-three products of a layer ask oneDNN,
+    tokens:         y = W x + b
+    feature maps:   y = W [x at the positions under the kernel] + b
 
-    y = x W^T + b,      dL/dx = g W,      dL/dW = g^T x,      g = dL/dy,
+Torch gives float32 products on a CPU to MKL, which on processors of other makers runs at half the speed of oneDNN, the
+library that computes the convolutions (AMD EPYC 9005, one core: 100 against 240 GFLOP/s), and has no switch to change
+that. So the three products of a layer ask oneDNN,
 
-and everything else, other devices, other types and autocast, takes torch's way.
+    y = x W^T + b,      dL/dx = g W,      dL/dW = g^T x,      g = dL/dy.
 
-Letters: B batch, N tokens, C and C' channels in and out, H and W height and width.
+A convolution over fewer positions than it has channels, as at the coarse levels of a U-Net, spends most of its time on
+moving weights into the order of its kernel. There the few patches are moved instead, and the rest is the product above.
+Everything else, other devices, other types and autocast, goes torch's way.
+
+Letters: B batch, N tokens or positions, C and C' channels in and out, H and W height and width.
 """
 
 from typing import Any
@@ -23,37 +27,64 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear`, fast on any CPU."""
+    """`torch.nn.Linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C')."""
         return linear(x, self.weight, self.bias)
 
 
-class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 `torch.nn.Conv2d`: on a `channels_last` feature map a linear layer, without any copy.
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` with a square kernel.
+
+    On a `channels_last` feature map a 1x1 convolution is a linear layer without any copy, and one over few positions
+    becomes one.
 
     Args:
         in_channels: C.
         out_channels: C'.
+        kernel_size: height and width of the kernel.
+        stride: positions from one patch to the next.
+        padding: zeros on every side.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C', H, W)."""
-        if not x.is_contiguous(memory_format=torch.channels_last):
+        """(B, C, H, W) to (B, C', H', W')."""
+        if not self._is_product(x):
             return super().forward(x)
-        return feature_map(linear(tokens(x), self.weight.flatten(1), self.bias), x)
+        patches = self._patches(x)
+        y = linear(patches.flatten(1, 2), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        return y.transpose(1, 2).unflatten(2, patches.shape[1:3])
+
+    def _is_product(self, x: Tensor) -> bool:
+        last = torch.channels_last
+        if not (x.is_contiguous(memory_format=last) and self.weight.is_contiguous(memory_format=last)):
+            return False
+        if self.kernel_size == (1, 1) and self.stride == (1, 1):
+            return True
+        positions = x.shape[0] * x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
+        return positions <= self.out_channels and _asks_onednn(x, self.weight)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """What lies under the kernel at each position: (B, H', W', kernel height * kernel width * C)."""
+        x = x.permute(0, 2, 3, 1)
+        if self.kernel_size == (1, 1):
+            return x
+        (size, _), (stride, _), (border, _) = self.kernel_size, self.stride, self.padding
+        x = F.pad(x, (0, 0, border, border, border, border))
+        height, width = (x.shape[axis] - size + 1 for axis in (1, 2))
+        shifts = [(i, j) for i in range(size) for j in range(size)]
+        return torch.cat([x[:, i : i + height : stride, j : j + width : stride] for i, j in shifts], dim=-1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x` (B, N, C), `weight` (C', C), `bias` (C') or None: (B, N, C')."""
-    fast = _HAS_ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32
-    if not fast or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)
-    return _OneDNNLinear.apply(x, weight, bias)
+    return _OneDNNLinear.apply(x, weight, bias) if _asks_onednn(x, weight) else F.linear(x, weight, bias)
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -84,6 +115,11 @@ class _OneDNNLinear(torch.autograd.Function):
             _product(rows.t(), x.flatten(0, -2).t()) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )
+
+
+def _asks_onednn(x: Tensor, weight: Tensor) -> bool:
+    plain = x.is_cpu and x.dtype == weight.dtype == torch.float32
+    return _HAS_ONEDNN and plain and not torch.is_autocast_enabled("cpu")
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_train.nn.attention import zero_initialised
-from ldm_train.nn.linear import PointwiseConv2d
+from ldm_train.nn.linear import Conv2d
 
 
 class ResidualBlock(nn.Module):
@@ -53,15 +53,15 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.scales, self.resample = time_modulation == "scale_shift", resample
         self.norm_in = nn.GroupNorm(norm_groups, in_channels, eps=norm_epsilon)
-        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv_in = Conv2d(in_channels, out_channels, 3, padding=1)
         modulations = (2 if self.scales else 1) * out_channels
         self.embed = nn.Linear(embedding_channels, modulations) if embedding_channels is not None else None
         self.norm_out = nn.GroupNorm(norm_groups, out_channels, eps=norm_epsilon)
         self.dropout = nn.Dropout(dropout)
-        self.conv_out = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_out = Conv2d(out_channels, out_channels, 3, padding=1)
         if zero_init:
             zero_initialised(self.conv_out)
-        self.skip = PointwiseConv2d(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
+        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """`x` (B, C_in, H, W), `embedding` (B, E) or None: (B, C_out, H, W), H and W halved or doubled by `resample`."""
@@ -96,7 +96,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, symmetric: bool) -> None:
         super().__init__()
         self.symmetric = symmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, C, H, W) to (B, C, H/2, W/2); called as a residual block is, it has no use for an embedding."""
@@ -108,7 +108,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, C, H, W) to (B, C, 2H, 2W); called as a residual block is, it has no use for an embedding."""

@@ -71,6 +71,7 @@ class LatentDiffusion(L.LightningModule):
         posterior: take the latents as a `sample` of the autoencoder's posterior, as published, or its `mode`, which a
             small model learns faster where the posterior is wide.
         seed: the run's seed, keys every random draw.
+        compile_network: compile the network at its first use; in place, so that the names of its weights stay.
 
     Raises:
         ValueError: for an unknown `posterior`, or if what the conditioner gives is not what the network takes.
@@ -90,12 +91,15 @@ class LatentDiffusion(L.LightningModule):
         moments: Moments,
         posterior: Literal["sample", "mode"],
         seed: int,
+        compile_network: bool = False,
     ) -> None:
         super().__init__()
         autoencoder.require_calibration()
         if posterior not in ("sample", "mode"):
             raise ValueError(f"posterior is {posterior!r}; allowed are sample and mode; change `stage.posterior`")
         _check_widths(denoiser.network, autoencoder, conditioner)
+        if compile_network:
+            denoiser.network.compile()
         self.denoiser = denoiser
         self.autoencoder = autoencoder.requires_grad_(False).eval()  # type: ignore[attr-defined]
         self.conditioner = conditioner

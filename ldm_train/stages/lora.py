@@ -10,13 +10,17 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ldm_train.checkpoint import check_digest, digest, load_averaged, read_checkpoint, strict_load
+from ldm_train.checkpoint import check_digest, digest, drop_prefixes, load_averaged, read_checkpoint, strict_load
 from ldm_train.conditioning import Conditioner
 from ldm_train.diffusion import ClassifierFreeGuidance, Denoiser, DiffusionObjective, Sampler
 from ldm_train.nn import FirstStage, inject_lora, lora_disabled, lora_layers, lora_state_dict
 from ldm_train.stages.latent_diffusion import LatentDiffusion
 from ldm_train.stages.moments import Moments
 from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory
+
+
+OF_TRAINING = ("objective.",)
+"""Prefixes of what an objective remembers: of this training, and no part of the base model."""
 
 
 class LoRAFineTuning(LatentDiffusion):
@@ -38,6 +42,7 @@ class LoRAFineTuning(LatentDiffusion):
         moments: as in stage 2.
         posterior: as in stage 2.
         seed: as in stage 2.
+        compile_network: as in stage 2; adapters included.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class LoRAFineTuning(LatentDiffusion):
         moments: Moments,
         posterior: Literal["sample", "mode"],
         seed: int,
+        compile_network: bool = False,
     ) -> None:
         super().__init__(
             denoiser,
@@ -70,11 +76,13 @@ class LoRAFineTuning(LatentDiffusion):
             moments,
             posterior,
             seed,
+            compile_network,
         )
         base = read_checkpoint(Path(base_checkpoint), key="stage.base_checkpoint")
+        base["state_dict"] = drop_prefixes(base["state_dict"], OF_TRAINING) | self._of_training()
         super().on_load_checkpoint(base)
         load_averaged(self, base)
-        self.base_digest = digest(self)
+        self.base_digest = digest(self, without=OF_TRAINING)
         self.conditioner.requires_grad_(False)
         self.adapted = inject_lora(self.denoiser.network, targets, rank, alpha)
 
@@ -88,17 +96,20 @@ class LoRAFineTuning(LatentDiffusion):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapters and the base model's identity."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {*self._of_training()}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         checkpoint["frozen"] = {"base": self.base_digest}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse adapters of other layers or another base model."""
         found = checkpoint.get("frozen", {}).get("base")
         check_digest("base model", self.base_digest, found, "stage.base_checkpoint")
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        frozen = tuple(name for name in self.state_dict() if name not in trained)
+        kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {*self._of_training()}
+        frozen = tuple(name for name in self.state_dict() if name not in kept)
         strict_load(self, checkpoint["state_dict"], allowed_missing=frozen)
+
+    def _of_training(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.state_dict().items() if name.startswith(OF_TRAINING)}
 
     def num_adapters(self) -> int:
         """How many layers are adapted."""

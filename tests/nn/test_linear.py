@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm_train.nn import linear as module
-from ldm_train.nn.linear import Linear, PointwiseConv2d, feature_map, linear, tokens
+from ldm_train.nn.linear import Conv2d, Linear, feature_map, linear, tokens
 
 ONEDNN = pytest.mark.skipif(not module._HAS_ONEDNN, reason="this build of torch has no oneDNN")
 
@@ -44,32 +44,63 @@ def test_value_and_gradients_are_those_of_exact_arithmetic(shape, wanted, layout
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
-@ONEDNN
-def test_float32_on_a_cpu_takes_the_fast_way_and_nothing_else_does(monkeypatch):
-    calls = []
-    product = module._product
+@pytest.fixture
+def products(monkeypatch):
+    """The products that oneDNN is asked for."""
+    calls, product = [], module._product
     monkeypatch.setattr(module, "_product", lambda *given: calls.append(1) or product(*given))
+    return calls
+
+
+@ONEDNN
+def test_float32_on_a_cpu_takes_the_fast_way_and_nothing_else_does(products):
     layer, x = Linear(4, 6), draw(2, 3, 4)
     layer(x)
-    assert len(calls) == 1
+    assert len(products) == 1
     layer(x).sum().backward()
-    assert len(calls) == 3  # the value and the weight's gradient; nobody wants the input's
+    assert len(products) == 3  # the value again, and the weight's gradient; nobody wants the input's
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     layer.double()(x.double())
     layer.bfloat16()(x.bfloat16())
     layer.to("meta")(x.to("meta"))
-    assert len(calls) == 3
+    assert len(products) == 3
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_a_pointwise_convolution_is_a_convolution(memory_format):
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (3, 2, 0), (5, 1, 2)])
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (12, 16)], ids=["few", "odd", "many"])
+def test_value_and_gradients_are_those_of_torch_s_convolution(memory_format, kernel, stride, padding, size):
     torch.manual_seed(0)
-    layer, plain = PointwiseConv2d(6, 4), nn.Conv2d(6, 4, 1)
+    layer = Conv2d(6, 64, kernel, stride, padding=padding).to(memory_format=memory_format)
+    plain = nn.Conv2d(6, 64, kernel, stride, padding=padding).double()
     plain.load_state_dict(layer.state_dict())
-    x = draw(2, 6, 5, 3).contiguous(memory_format=memory_format)
-    torch.testing.assert_close(layer(x), plain(x))
-    assert layer(x).is_contiguous(memory_format=memory_format)
+    x = draw(2, 6, *size).contiguous(memory_format=memory_format).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    y, expected = layer(x), plain(exact)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    assert y.is_contiguous(memory_format=memory_format)
+    g = draw(*y.shape)
+    y.backward(g)
+    expected.backward(g.double())
+    found = (x.grad, *(parameter.grad for parameter in layer.parameters()))
+    wanted = (exact.grad, *(parameter.grad for parameter in plain.parameters()))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+    assert layer.weight.grad.is_contiguous(memory_format=memory_format)
+
+
+@ONEDNN
+def test_a_convolution_becomes_a_product_where_it_has_fewer_positions_than_channels(products):
+    layer = Conv2d(4, 32, 3, padding=1).to(memory_format=torch.channels_last)
+    for positions, product in ((32, True), (33, False)):
+        products.clear()
+        layer(draw(1, 4, 1, positions).to(memory_format=torch.channels_last))
+        assert bool(products) == product
+    products.clear()
+    layer(draw(1, 4, 4, 8))  # contiguous
+    layer.to(memory_format=torch.contiguous_format)(draw(1, 4, 4, 8).to(memory_format=torch.channels_last))
+    assert not products
 
 
 def test_tokens_of_a_channels_last_map_are_a_view_and_back():

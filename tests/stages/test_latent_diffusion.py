@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from ldm_train.conditioning import MaskConditioner
 from ldm_train.diffusion import ClassifierFreeGuidance, Denoiser, cosine_schedule
@@ -147,3 +148,12 @@ def test_losses_are_unweighted_in_what_callbacks_see(stage):
     found = stage.training_step(batch(4), 0)
     assert found["t"].shape == found["square_error"].shape == (4,)
     torch.testing.assert_close(found["loss"], found["square_error"].mean())  # of a uniform weighting
+
+
+def test_compiling_in_place_keeps_names_and_loss(stage, monkeypatch):
+    monkeypatch.setattr(UNet, "compile", lambda self: nn.Module.compile(self, backend="aot_eager"))
+    compiled = latent_diffusion(compile_network=True)
+    compiled.load_state_dict(stage.state_dict())  # strict: the same names
+    found, expected = (one.training_step(batch(4), 0)["loss"] for one in (compiled, stage))
+    torch.testing.assert_close(found, expected)
+    assert compiled.denoiser.network._compiled_call_impl is not None

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from ldm_train.diffusion import DiffusionObjective, LossAwareTimes
 from ldm_train.nn import ExponentialMovingAverage, lora_layers
-from ldm_train.stages import LoRAFineTuning
+from ldm_train.stages import LatentDiffusion, LoRAFineTuning
 
 from ..nn.test_unet import randomised
 from .toy import batch, diffusion_parts, latent_diffusion
@@ -61,6 +62,28 @@ def test_only_adapters_are_trained_and_saved(checkpoint, monkeypatch):
     other.on_load_checkpoint(content)
     seeds = torch.arange(4)
     assert torch.equal(other.generate(batch(), seeds), stage.generate(batch(), seeds))
+
+
+@pytest.mark.parametrize("of_base", [True, False])
+def test_what_an_objective_remembers_is_of_its_own_training(base, tmp_path, monkeypatch, of_base):
+    monkeypatch.setattr(LatentDiffusion, "log", lambda *_, **__: None)
+    remembering = [DiffusionObjective(times=LossAwareTimes(100, history=1)) for _ in range(3)]
+    if of_base:
+        base.objective = remembering[0].train()
+        base.training_step(batch(), 0)
+    content = {"state_dict": base.state_dict()}
+    base.on_save_checkpoint(content)
+    torch.save(content, tmp_path / "base.ckpt")
+    arguments = (str(tmp_path / "base.ckpt"), "attention", 2, 1.0)
+    stage, other = (LoRAFineTuning(*arguments, **diffusion_parts() | {"objective": o}) for o in remembering[1:])
+    assert not any(value.any() for name, value in stage.state_dict().items() if name.startswith("objective."))
+    stage.train().training_step(batch(), 0)
+    saved = {"state_dict": stage.state_dict()}
+    stage.on_save_checkpoint(saved)
+    other.on_load_checkpoint(saved)
+    for name, value in stage.objective.state_dict().items():
+        assert value.any()
+        assert torch.equal(other.objective.state_dict()[name], value)
 
 
 def test_averaged_base_weights_are_taken_where_there_are_any(base, checkpoint):
