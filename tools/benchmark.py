@@ -10,8 +10,9 @@ The two take turns step by step, so that whatever slows the machine down slows b
 - step, images/s: of one training step.
 - of diffusers: the step's time as a share of the time of diffusers' steps between which it ran.
 - of above: of the row above, likewise; what the optimisation brings.
-- TFLOP/s, or MFU: the arithmetic of the model by the step's time, as a share of what the device can do in bfloat16. Counted are the
-  products and convolutions of a forward and backward pass, once, also where checkpointing computes them twice.
+- TFLOP/s, or MFU: the arithmetic of the model by the step's time, as a share of what the device can do in bfloat16.
+  Counted are the products and convolutions of a forward and backward pass, once, also where checkpointing computes them
+  twice.
 - GiB: the most memory that was held during a step, weights and gradients included, without the other network's.
 
 On one CPU thread the clock is the processor's own, because other programs may have their turn as well.

@@ -88,7 +88,9 @@ def set_sampling(stage: LatentDiffusion, arguments: argparse.Namespace) -> None:
     old, guidance = stage.sampler, stage.guidance
     kind = type(old) if arguments.sampler is None else SAMPLERS[arguments.sampler]
     steps = old.num_steps if arguments.steps is None else arguments.steps
-    own = {} if kind is not DDIMSampler else {"eta": getattr(old, "eta", 0.0)}
+    own: dict[str, float] = {} if kind is not DDIMSampler else {"eta": getattr(old, "eta", 0.0)}
+    if kind in (EulerSampler, HeunSampler) and hasattr(old, "churn"):
+        own["churn"] = old.churn
     if arguments.eta is not None:
         if kind is not DDIMSampler:
             raise ValueError(f"--eta is {arguments.eta}, which {kind.__name__} has not; allowed with --sampler ddim")
@@ -267,8 +269,7 @@ def settings_of(stage: LatentDiffusion, arguments: argparse.Namespace, start: Or
         "steps": stage.sampler.num_steps,
         "guidance": stage.guidance.scale,
     }
-    if isinstance(stage.sampler, DDIMSampler):
-        settings["eta"] = stage.sampler.eta
+    settings |= {name: getattr(stage.sampler, name) for name in ("eta", "churn") if hasattr(stage.sampler, name)}
     if arguments.negative is not None:
         settings["negative"] = arguments.negative
     if start is not None:

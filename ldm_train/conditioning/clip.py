@@ -105,7 +105,8 @@ class CLIPTextEncoder(nn.Module):
         tokens: Tensor,  # (B, N) int64
     ) -> Tensor:  # (B, N, D) float32
         """The hidden states of all tokens after the final norm."""
-        return self.tower(tokens).float()
+        with torch.autocast(tokens.device.type, enabled=False):  # so that training and sampling see the same states
+            return self.tower(tokens).float()
 
 
 class CLIPTextConditioner(TextConditioner):

@@ -72,16 +72,22 @@ class TextConditioner(Conditioner, ABC):
 
     def tokens(self, batch: ImageTextBatch, drop: Tensor | None, device: torch.device) -> Tokens:
         """The captions of a batch; `drop` (B,) bool marks those replaced by the empty one."""
-        dropped = [False] * len(batch["caption"]) if drop is None else drop.tolist()
-        pairs = zip(batch["caption"], dropped, strict=True)
-        captions = [[] if is_dropped else self.tokenizer.encode(caption) for caption, is_dropped in pairs]
+        if drop is None:
+            return self._tokenised(batch["caption"], device)
+        # On the device: to look which captions are dropped would make the host wait for it in every step.
+        given, empty = (self._tokenised(captions, device) for captions in (batch["caption"], [""]))
+        pairs = zip(empty, given, strict=True)
+        return Tokens(*(torch.where(drop.to(device)[:, None], null, own) for null, own in pairs))
+
+    def _tokenised(self, captions: list[str], device: torch.device) -> Tokens:
+        encoded = [self.tokenizer.encode(caption) for caption in captions]
         kept = self.context_length - _MARKS
         start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
-        rows = [[start, *caption[:kept], end] for caption in captions]
+        rows = [[start, *caption[:kept], end] for caption in encoded]
         number = torch.tensor([row + [self.padding] * (self.context_length - len(row)) for row in rows])
         length = torch.tensor([len(row) for row in rows])
         is_own = torch.arange(self.context_length) < length[:, None]
-        return Tokens(number.to(device), is_own.to(device))
+        return Tokens(number.to(device, non_blocking=True), is_own.to(device, non_blocking=True))
 
     def token_count(self, caption: str) -> int:
         """How many tokens a caption takes, start and end marks included; above `context_length` it is cut."""

@@ -62,7 +62,7 @@ class GuidedDenoiser:
         x_0, noise, fraction = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         (x_0_null, x_0), (noise_null, noise) = x_0.chunk(2), noise.chunk(2)
         conditional = Denoised(x_0, noise, None if fraction is None else fraction.chunk(2)[1])
-        guided = conditional._replace(x_0=torch.lerp(x_0_null, x_0, scale), noise=torch.lerp(noise_null, noise, scale))
+        guided = conditional._replace(x_0=_towards(x_0_null, x_0, scale), noise=_towards(noise_null, noise, scale))
         return self._rescaled(guided, conditional, x_t, t) if self.rescale else guided
 
     def _rescaled(self, guided: Denoised, conditional: Denoised, x_t: Tensor, t: Tensor) -> Denoised:
@@ -111,6 +111,11 @@ class ClassifierFreeGuidance:
         if self.scale == 1.0:
             return denoiser
         return GuidedDenoiser(denoiser, null, self.scale, self.rescale, self.interval)
+
+
+def _towards(null: Tensor, given: Tensor, scale: float | Tensor) -> Tensor:
+    # A scale of each image is of the state's type, and an estimate may be of the network's.
+    return torch.lerp(null, given, scale.to(given.dtype) if isinstance(scale, Tensor) else scale)
 
 
 def _join(null: Tensor | None, given: Tensor | None) -> Tensor | None:

@@ -3,8 +3,8 @@
     x_0 <- m known + (1 - m) D(x_t, t, c),   noise <- (x_t - alpha_t x_0) / sigma_t,   m = 1 where x_0 is known
 
 The denoiser sees the known part at every noise level and fills in the rest to suit it. The last step of every sampler
-leads to the estimate of x_0 itself, so that the known part is exact at the end. Networks trained on masks do it better,
-see `ldm_train.conditioning`; this needs no training.
+leads to the estimate of x_0 itself, so that the known part is exact at the end; with `final_alpha=first` it keeps the
+noise of that time. Networks trained on masks do it better, see `ldm_train.conditioning`; this needs no training.
 """
 
 from torch import Tensor

@@ -95,7 +95,9 @@ def bound_term(
     log_ratio = true - reverse
     error = (_gain(schedule, t, x_0) * (x_0 - x_0_estimate)).square() * (-reverse).exp()
     divergence = 0.5 * (error + torch.expm1(log_ratio) - log_ratio)
-    decoded = -_LOG_LIKELIHOODS[decoder](x_0, x_0_estimate, reverse)
+    is_last = (t == 0).view(-1, *(1,) * (x_0.ndim - 1))
+    # Far from the data the decoder has no digits left, and a gradient that is no number survives being masked.
+    decoded = -_LOG_LIKELIHOODS[decoder](x_0, torch.where(is_last, x_0_estimate, x_0), reverse)
     return torch.where(t == 0, decoded.flatten(1).mean(1), divergence.flatten(1).mean(1))
 
 
@@ -123,17 +125,19 @@ def discrete_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Te
         log_variance: broadcastable to `x`.
 
     Returns:
-        Nats, shaped like `x`; finite, with finite gradients, however far `x` is from the mean.
+        Nats, shaped like `x` and of its dtype; computed in float64, where they and their gradients are finite up to
+        some 10^6 standard deviations from the mean.
     """
-    inverse_std = (-0.5 * log_variance).exp()
-    upper, lower = (x + _HALF_BIN - mean) * inverse_std, (x - _HALF_BIN - mean) * inverse_std
+    inverse_std = (-0.5 * log_variance.double()).exp()
+    distance = x.double() - mean.double()
+    upper, lower = (distance + _HALF_BIN) * inverse_std, (distance - _HALF_BIN) * inverse_std
     first, last = x < -1.0 + _HALF_BIN, x > 1.0 - _HALF_BIN
     # Phi(b) - Phi(a) = Phi(-a) - Phi(-b): in the lower tail small probabilities keep their digits.
     mirrored = last | (~first & (upper + lower > 0))
     upper, lower = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
     log_upper = torch.special.log_ndtr(upper)
     log_ratio = torch.where(first | last, -math.inf, torch.special.log_ndtr(lower) - log_upper)
-    return log_upper + (-torch.expm1(log_ratio)).log()
+    return (log_upper + (-torch.expm1(log_ratio)).log()).to(x.dtype)
 
 
 _LOG_LIKELIHOODS: Mapping[Decoder, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

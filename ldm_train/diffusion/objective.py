@@ -95,7 +95,8 @@ class DiffusionObjective(nn.Module):
         error = (prediction.output - denoiser.target(x_0, noise, t)).square().flatten(1).mean(1)
         loss = self.weight(denoiser, t) * error
         if denoiser.variance == "learned":
-            loss = loss + self._bound(denoiser, prediction, x_0, x_t, t)
+            # Of the chain's own x_t: what perturbs the network's input is no error of its variance.
+            loss = loss + self._bound(denoiser, prediction, x_0, add_noise(denoiser.schedule, x_0, noise, t), t)
         self.times.observe(t, loss.detach(), keys)
         return DiffusionLoss(share * loss, t, error.detach())
 

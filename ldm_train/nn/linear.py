@@ -52,6 +52,7 @@ class Conv2d(nn.Conv2d):
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding)
+        self.window = kernel_size, stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H', W')."""
@@ -65,17 +66,20 @@ class Conv2d(nn.Conv2d):
         last = torch.channels_last
         if not (x.is_contiguous(memory_format=last) and self.weight.is_contiguous(memory_format=last)):
             return False
-        if self.kernel_size == (1, 1) and self.stride == (1, 1):
+        if self._is_pointwise():
             return True
-        positions = x.shape[0] * x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
+        positions = x.shape[0] * x.shape[2] * x.shape[3] // self.window[1] ** 2
         return positions <= self.out_channels and _asks_onednn(x, self.weight)
+
+    def _is_pointwise(self) -> bool:
+        return self.window == (1, 1, 0)
 
     def _patches(self, x: Tensor) -> Tensor:
         """What lies under the kernel at each position: (B, H', W', kernel height * kernel width * C)."""
         x = x.permute(0, 2, 3, 1)
-        if self.kernel_size == (1, 1):
+        if self._is_pointwise():
             return x
-        (size, _), (stride, _), (border, _) = self.kernel_size, self.stride, self.padding
+        size, stride, border = self.window
         x = F.pad(x, (0, 0, border, border, border, border))
         height, width = (x.shape[axis] - size + 1 for axis in (1, 2))
         shifts = [(i, j) for i in range(size) for j in range(size)]

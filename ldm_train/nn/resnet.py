@@ -64,7 +64,7 @@ class ResidualBlock(nn.Module):
         self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """`x` (B, C_in, H, W), `embedding` (B, E) or None: (B, C_out, H, W), H and W halved or doubled by `resample`."""
+        """`x` (B, C_in, H, W), `embedding` (B, E) or None: (B, C_out, H, W), resampled to half or twice H and W."""
         h = self.conv_in(self._resampled(F.silu(self.norm_in(x))))
         h = self._modulated(h, embedding)
         return self.skip(self._resampled(x)) + self.conv_out(self.dropout(F.silu(h)))

@@ -139,15 +139,17 @@ class UNet(nn.Module):
         self._check_input(x_t, conditioning)
         embedding = self.time_embedding(t)  # (B, E)
         if self.vector_embedding is not None and conditioning.vector is not None:
-            embedding = embedding + self.vector_embedding(conditioning.vector)
+            embedding = embedding + self.vector_embedding(conditioning.vector.to(embedding.dtype))
         x = x_t if conditioning.concat is None else torch.cat([x_t, conditioning.concat], dim=1)
-        skips = [self.conv_in(x.contiguous(memory_format=self.memory_format))]  # (B, channels, h, w)
+        x = x.to(self.conv_in.weight.dtype, memory_format=self.memory_format)
+        context = None if conditioning.context is None else conditioning.context.to(x.dtype)
+        skips = [self.conv_in(x)]  # (B, channels, h, w)
         for level in self.down:
-            skips += level(skips[-1], embedding, conditioning.context)
-        x = self.middle_in(skips[-1], embedding, conditioning.context)
+            skips += level(skips[-1], embedding, context)
+        x = self.middle_in(skips[-1], embedding, context)
         x = self.middle_out(x, embedding, None)
         for level in self.up:
-            x = level(x, skips, embedding, conditioning.context)
+            x = level(x, skips, embedding, context)
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def _check_input(self, x_t: Tensor, conditioning: Conditioning) -> None:

@@ -167,6 +167,11 @@ class LatentDiffusion(L.LightningModule):
         Returns:
             (B, 3, H, W) in [-1, 1].
         """
+        if negative is not None and self.guidance.scale == 1.0:
+            raise ValueError(
+                "a negative condition is given and the guidance scale is 1; allowed are scales other than 1, without "
+                "which nothing is guided away from it; change `guidance.scale`"
+            )
         if original is not None:
             batch, negative = original.put_into(batch), negative and original.put_into(negative)
         away = self.conditioner.null(batch, self.autoencoder) if negative is None else self.condition(negative)

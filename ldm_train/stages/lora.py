@@ -18,7 +18,6 @@ from ldm_train.stages.latent_diffusion import LatentDiffusion
 from ldm_train.stages.moments import Moments
 from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory
 
-
 OF_TRAINING = ("objective.",)
 """Prefixes of what an objective remembers: of this training, and no part of the base model."""
 

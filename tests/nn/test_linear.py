@@ -68,7 +68,9 @@ def test_float32_on_a_cpu_takes_the_fast_way_and_nothing_else_does(products):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (3, 2, 0), (5, 1, 2)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (3, 2, 0), (5, 1, 2)]
+)
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (12, 16)], ids=["few", "odd", "many"])
 def test_value_and_gradients_are_those_of_torch_s_convolution(memory_format, kernel, stride, padding, size):
     torch.manual_seed(0)

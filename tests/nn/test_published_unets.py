@@ -1,4 +1,4 @@
-"""The published U-Nets (Rombach et al. 2022, tables 10 to 15; Podell et al. 2023), as the options of `unet` have them."""
+"""The published U-Nets (Rombach et al. 2022, tables 10 to 15; Podell et al. 2023), as `conf/unet` has them."""
 
 from typing import NamedTuple
 
