@@ -18,6 +18,7 @@ the hole that is everything.
 Letters: B batch, C latent channels, H and W image height and width, h and w those of the latents.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -92,9 +93,8 @@ class MaskConditioner(Conditioner):
         self.seed, self.concat_channels = seed, concat_channels
         self.hole_share = (float(hole_share[0]), float(hole_share[1]))
         self.convention = _CONVENTIONS[convention]
-        shares = torch.tensor([kinds.get(kind, 0.0) for kind in KINDS], dtype=torch.float64)
-        # A draw belongs to the kind whose edges it lies between.
-        self._edges: list[float] = (shares.cumsum(0) / shares.sum())[:-1].tolist()
+        *ends, total = itertools.accumulate(kinds.get(kind, 0.0) for kind in KINDS)
+        self._edges = [end / total for end in ends]  # a draw belongs to the kind whose edges it lies between
 
     def forward(self, batch: ImageTextBatch, first_stage: FirstStage, drop: Tensor | None = None) -> Conditioning:
         """Condition on the drawn holes; `drop` (B,) bool marks the images of which nothing is known.
