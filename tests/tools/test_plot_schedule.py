@@ -67,7 +67,7 @@ def test_the_reverse_chain_ends_with_what_the_stage_generates(tiny_runs, tmp_pat
         # A picture decoded alone and one decoded in a batch may round differently.
         np.testing.assert_allclose(states[-1].astype(int), image.permute(1, 2, 0), atol=1)
         assert np.array_equal(estimates[-1], states[-1])  # the last step leads to its estimate
-        assert np.abs(states[0].astype(int) - states[-1]).mean() > 5
+        assert np.abs(states[0].astype(int) - states[-1]).max() > 1  # else the order could not be seen
 
 
 def test_rows_of_the_forward_chain_differ_by_their_schedule_alone():
