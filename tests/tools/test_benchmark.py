@@ -70,7 +70,6 @@ def test_rows_are_switched_on_one_by_one_and_written(tmp_path, capsys):
         assert row["of_diffusers"] is None
 
 
-@pytest.mark.slow
 def test_diffusers_takes_turns(tmp_path):
     pytest.importorskip("diffusers")
     found = figures(tmp_path, *SMALLER, "--set", "channels=16", "vector_dim=null", "--without", "bfloat16", "compile")
@@ -82,6 +81,7 @@ def test_diffusers_takes_turns(tmp_path):
         assert row["of_row_above"] == pytest.approx(row["of_diffusers"] / above["of_diffusers"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not RESET_FILE.exists(), reason="this system does not tell the most memory that was held")
 def test_memory_is_a_row_s_own(tmp_path):
     """Checkpointing shows what it saves, and a row the same after others as first of all."""
