@@ -232,4 +232,5 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         caption = self.index.metadata(self.reader, row)[field]
         if not isinstance(caption, str):
             raise TypeError(f"metadata field {field!r} is {caption!r}, not a text")
+        caption.encode("utf-8")  # JSON can hold halves of characters, on which tokenizers and loggers would fail
         return caption.strip()

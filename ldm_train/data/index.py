@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ IMAGE, CAPTION, METADATA, SEGMENTATION = 0, 1, 2, 3
 _KINDS = ("image", "caption (.txt)", "metadata (.json)", "segmentation map")
 _KIND_OF_EXTENSION = {"jpg": IMAGE, "jpeg": IMAGE, "png": IMAGE, "webp": IMAGE, "txt": CAPTION, "json": METADATA}
 _ABSENT = (0, -1)
+_LARGEST = {IMAGE: 1 << 30, CAPTION: 1 << 20, METADATA: 1 << 24, SEGMENTATION: 1 << 30}  # bytes that a worker will read
 
 
 class Damage(NamedTuple):
@@ -53,6 +54,11 @@ def expand_shards(shards: str | Sequence[str], key: str = "data.shards") -> tupl
             raise ValueError(f"`{key}` names {pattern!r}; allowed are files on a mounted disk: copy the shards there.")
         for name in braceexpand(os.path.expanduser(pattern)):
             found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
+            strange = [path for path in found if not os.path.isfile(path)]
+            if strange:  # to open a named pipe would wait for ever
+                raise FileNotFoundError(
+                    f"{strange[0]} is a folder, a pipe or a broken link. Allowed are tar files; `{key}` is {pattern!r}."
+                )
             if not found:
                 folder = os.path.dirname(os.path.abspath(name))
                 state = "exists" if os.path.isdir(folder) else "does not exist"
@@ -165,11 +171,16 @@ class ShardIndex:
                     return f"fails: {filter_.description}"
             except KeyError as error:
                 return f"no metadata field {error} for {filter_.description}"
+            except TypeError:
+                return f"a metadata field of another type than {filter_.description} needs"
         return None
 
     def metadata(self, reader: ShardReader, row: int) -> dict[str, Any]:
         """The sample's `.json`; KeyError if it has none, ValueError if it is no JSON object."""
-        metadata = json.loads(self.read(reader, row, METADATA))
+        try:
+            metadata = json.loads(self.read(reader, row, METADATA))
+        except RecursionError as error:
+            raise ValueError("nested too deep") from error
         if not isinstance(metadata, dict):
             raise ValueError("not a JSON object")
         return metadata
@@ -215,7 +226,26 @@ def _group(
             spoiled[key] = f"{key}: no {' and no '.join(missing)}"
         elif sample[IMAGE][1] == 0:
             spoiled[key] = f"{key}: the image is empty"
+        for kind, (_, size) in enumerate(sample):
+            if size > _LARGEST[kind]:
+                spoiled[key] = f"{key}: the {_KINDS[kind]} has {size} bytes, more than {_LARGEST[kind]}"
+    spoiled |= _dotted(members, kinds, required, samples)
     return {key: sample for key, sample in samples.items() if key not in spoiled}, list(spoiled.values())
+
+
+def _dotted(
+    members: list[Member], kinds: dict[str, int], required: Sequence[int], samples: Container[str]
+) -> dict[str, str]:
+    """A line for each name that would be a sample if keys ended at the last dot, and is none."""
+    found: dict[str, set[int | None]] = {}
+    for name, _, _ in members:
+        stem, _, extension = name.rpartition(".")
+        folder, slash, file = stem.rpartition("/")
+        if "." in file and folder + slash + file.partition(".")[0] not in samples:
+            found.setdefault(stem, set()).add(kinds.get(extension.lower()))
+    return {
+        stem: f"{stem}: no sample, because a key ends at its first dot" for stem in found if found[stem] >= {*required}
+    }
 
 
 def _promised(path: str) -> int | None:

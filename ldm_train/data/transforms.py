@@ -48,9 +48,13 @@ def decode_rgb(data: bytes, max_pixels: int = 1 << 26) -> Tensor:
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """Whether torchvision gives the picture a person sees; it ignores orientation, transparency and frames."""
+    """Whether torchvision gives the picture a person sees; it ignores orientation, transparency and frames.
+
+    No PNG is plain: torchvision's decoder crashes the process on damaged data instead of raising an error.
+    """
     return (
-        image.mode in _PLAIN_MODES
+        image.format != "PNG"
+        and image.mode in _PLAIN_MODES
         and not image.has_transparency_data
         and not getattr(image, "is_animated", False)
         and ("exif" not in image.info or image.getexif().get(_ORIENTATION, 1) == 1)
