@@ -180,7 +180,7 @@ def _opened(folder: Path) -> tuple[Table, Columns] | None:
     """The index in a folder; None, said aloud, if it cannot be used."""
     try:
         return open_index(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
         warnings.warn(f"the index {folder} is not used and will be built anew: {error}", stacklevel=2)
@@ -281,18 +281,23 @@ def _build(folder: Path, table: Table, storage: Storage, workers: int, show: boo
         with ColumnsWriter(staging, table.contents.width, table.contents.dimensions) as writer:
             for part in _parts(table, _known(folder.parent, table), storage, workers, show):
                 writer.append(part)
-        body = json.dumps(asdict(table)).encode()
-        _write(staging / "table.json", body)
         staging.rename(columns_folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    head = {"format": _FORMAT, "columns": columns_folder.name, "sha256": hashlib.sha256(body).hexdigest()}
-    _write(folder / "index.json.new", json.dumps(head).encode())
-    (folder / "index.json.new").replace(folder / "index.json")
+    _write_table(folder, columns_folder, table)
     for old in folder.glob("columns-*"):
         if old != columns_folder:
             shutil.rmtree(old, ignore_errors=True)
     return table, open_columns(columns_folder)
+
+
+def _write_table(folder: Path, columns_folder: Path, table: Table) -> None:
+    """Put the table beside the columns, and make them the current ones."""
+    body = json.dumps(asdict(table)).encode()
+    _write(columns_folder / "table.json", body)
+    head = {"format": _FORMAT, "columns": columns_folder.name, "sha256": hashlib.sha256(body).hexdigest()}
+    _write(folder / "index.json.new", json.dumps(head).encode())
+    (folder / "index.json.new").replace(folder / "index.json")
 
 
 def _write(path: Path, data: bytes) -> None:
