@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -279,3 +281,44 @@ def test_dimensions_are_those_of_the_decoded_image(tmp_path):
         assert index.dimensions(np.arange(5)).tolist() == [[30, 20], [20, 30], [30, 20], [20, 30], [-1, -1]]
     with pytest.raises(ValueError, match="--dimensions"):
         build_index([str(path)]).dimensions(np.arange(5))
+
+
+JUMP = """
+import json, sys, time
+import numpy as np
+from pathlib import Path
+from ldm_train.data.index import ShardIndex
+from ldm_train.data.index_store import open_index
+from ldm_train.data.sampler import ShuffledOrder
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 2**20
+
+begin = time.process_time()
+table, columns = open_index(Path(sys.argv[1]))
+index = ShardIndex(tuple(table.locations), tuple(table.locations), tuple(table.sizes), table.starts, columns)
+opened = time.process_time()
+order = ShuffledOrder(index.starts, 0)
+order.rows(0, np.arange(64))
+jumps = []
+for epoch, position in ((1, 0), (1, 77_777_777), (2, 99_999_000), (3, 31_415_926)):
+    start = time.process_time()
+    rows = order.rows(epoch, position + np.arange(64))
+    ordered = time.process_time()
+    offsets, sizes = index.places(rows)
+    jumps.append((ordered - start, time.process_time() - ordered))
+print(json.dumps({"open": opened - begin, "jumps": jumps, "GiB": peak(), "samples": len(index)}))
+"""
+
+
+@pytest.mark.slow
+def test_a_hundred_million_samples_open_and_jump_in_little_memory(tmp_path):
+    folder = write_columns(tmp_path / "index", 10_000, 10_000)
+    command = [sys.executable, "-c", JUMP, str(folder)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(found)
+    assert found["samples"] == 10**8
+    assert found["GiB"] < 1.0
+    # Time of this process alone, for others may keep the machine busy. The order permutes 64 windows of 8192 samples.
+    assert found["open"] + min(read for _, read in found["jumps"]) < 0.05
+    assert min(ordered for ordered, _ in found["jumps"]) < 0.5
