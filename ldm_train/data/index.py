@@ -25,6 +25,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from ldm_train.data.filters import Filter
+from ldm_train.data.quarantine import MetadataError
 from ldm_train.data.shards import Member, ShardReader, scan_shard
 
 IMAGE, CAPTION, METADATA, SEGMENTATION = 0, 1, 2, 3
@@ -168,10 +169,13 @@ class ShardIndex:
         return None
 
     def metadata(self, reader: ShardReader, row: int) -> dict[str, Any]:
-        """The sample's `.json`; KeyError if it has none, ValueError if it is no JSON object."""
-        metadata = json.loads(self.read(reader, row, METADATA))
+        """The sample's `.json`; KeyError if it has none, MetadataError if it is no JSON object."""
+        try:
+            metadata = json.loads(self.read(reader, row, METADATA))
+        except ValueError as error:
+            raise MetadataError(str(error)) from error
         if not isinstance(metadata, dict):
-            raise ValueError("not a JSON object")
+            raise MetadataError("not a JSON object")
         return metadata
 
     def read(self, reader: ShardReader, row: int, kind: int) -> bytes:
