@@ -124,10 +124,11 @@ def test_real_samples_get_the_kind_of_the_part_that_is_wrong(tmp_path):
         *replaced(5, ".json", b'{"parity": 7}'),
         *replaced(6, ".json", b'{"number": 6}'),
         *replaced(7, ".json", b'{"parity": "\xff"}'),
+        *(member for number in range(8, 20) for member in sample(number)),
     ]
     index = build_index([str(write_tar(tmp_path / "a.tar", members))], (IMAGE, METADATA))
     options = ImageOptions(8, max_pixels=64, label=FieldLabel("parity", 2))
-    quarantine = Quarantine(tmp_path / "training-rank0", 100.0, 0)  # most substitutes are bad as well
+    quarantine = Quarantine(tmp_path / "training-rank0", 100.0, 0)  # substitutes may be bad as well
     dataset = ImageTextDataset(index, options, 0, quarantine)
     dataset[BatchRequest(0, np.arange(8), np.arange(8))]
     found = {entry["key"]: entry["kind"] for entry in entries(tmp_path / "training-rank0-worker0.jsonl")}
