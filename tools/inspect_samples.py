@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_train.data.index import CAPTION, IMAGE, ShardIndex
-from ldm_train.data.quarantine import CaptionError, kind_of
+from ldm_train.data.quarantine import CaptionError, kind_of, reason_of
 from ldm_train.data.shards import ShardReader, ShardReadError
 from ldm_train.data.transforms import FORMATS, decode_rgb
 
@@ -110,8 +110,7 @@ def facts_of(wanted: Wanted, rows: np.ndarray, reader: ShardReader) -> Facts:
             except ShardReadError:
                 raise
             except FAULTS as error:
-                reason = f"{type(error).__name__}: {error}"
-                found[Failure(wanted.index.full_key(row), kind_of(error), reason)] = None
+                found[Failure(wanted.index.full_key(row), kind_of(error), reason_of(error))] = None
         facts.failures += found
     return facts
 

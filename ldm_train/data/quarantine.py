@@ -15,6 +15,7 @@ goes on counting from the state of the one before, and names no sample that is n
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from torch.utils.data import get_worker_info
 from ldm_train.data.transforms import ImageTooLargeError
 
 _FORGIVEN = 10
+_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-fA-F]+>")
 
 
 class TooManyBadSamplesError(RuntimeError):
@@ -65,6 +67,11 @@ _COLUMNS = ("seen", "busy_ns", *KINDS)
 def kind_of(error: Exception) -> str:
     """Which of `KINDS` a failure is."""
     return next(kind for kind, types in _TYPES.items() if isinstance(error, types))
+
+
+def reason_of(error: Exception) -> str:
+    """The exception in words that are the same each time: Pillow puts the address of its buffer into some."""
+    return f"{type(error).__name__}: {_ADDRESS.sub('', str(error))}"
 
 
 class Quarantine:
@@ -121,7 +128,7 @@ class Quarantine:
         Raises:
             TooManyBadSamplesError: if there are more than are allowed.
         """
-        kind, reason = kind_of(error), f"{type(error).__name__}: {error}"
+        kind, reason = kind_of(error), reason_of(error)
         self.counts[self._worker(), _COLUMNS.index(kind)] += 1
         if self.path is not None and key not in self._named:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,9 +20,10 @@ from ldm_train.data.quarantine import (
     MetadataError,
     SegmentationError,
     kind_of,
+    reason_of,
     running_totals,
 )
-from ldm_train.data.transforms import ImageTooLargeError
+from ldm_train.data.transforms import ImageTooLargeError, decode_rgb
 from tests.data.conftest import encode, sample, write_tar
 
 ERRORS = {
@@ -48,6 +49,12 @@ def test_every_kind_has_its_exceptions_and_what_is_unknown_is_undecodable():
         json.loads("{")
     assert kind_of(caught.value) == kind_of(MetadataError("[]")) == "metadata"
     assert kind_of(CaptionError("7")) == "caption"
+
+
+def test_the_same_damage_has_the_same_reason():
+    with pytest.raises(UnidentifiedImageError) as caught:
+        decode_rgb(b"no image")
+    assert reason_of(caught.value) == "UnidentifiedImageError: cannot identify image file"
 
 
 @given(st.lists(st.sampled_from(KINDS), max_size=40), st.integers(0, 3))
