@@ -5,19 +5,19 @@ and, with several ranks, the number of steps. A substitute, the same on every at
 place; the failure is counted and written down, and too many of them end the run.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from ldm_train.batch import ImageTextBatch
 from ldm_train.data.index import CAPTION, IMAGE, SEGMENTATION, ShardIndex
 from ldm_train.data.labels import Label
+from ldm_train.data.quarantine import CaptionError, Quarantine, TooManyBadSamplesError
 from ldm_train.data.sampler import BatchRequest, substitute_rows
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 from ldm_train.data.shards import ShardReader, ShardReadError
@@ -25,65 +25,8 @@ from ldm_train.data.transforms import crop_square, decode_rgb, flip_where, resiz
 from ldm_train.randomness import Stream, uniform
 
 _SUBSTITUTES = 16
-_FORGIVEN = 10
 CROPS = ("center", "random")
 INTERPOLATIONS = ("bicubic", "bilinear")
-
-
-class TooManyBadSamplesError(RuntimeError):
-    """More samples could not be decoded than `data.max_bad_fraction` allows."""
-
-
-class Quarantine:
-    """Counts the samples that could not be decoded, names each once in a file, and ends the run above a share.
-
-    Args:
-        path: file to append JSON lines to, one file per process: `-worker<n>.jsonl` is added; None writes nothing.
-        max_bad_fraction: the share of failures at which to stop; the first ten are forgiven.
-        num_workers: worker processes, each of which counts for itself in memory that all can read.
-    """
-
-    def __init__(self, path: Path | None, max_bad_fraction: float, num_workers: int) -> None:
-        self.path, self.max_bad_fraction = path, max_bad_fraction
-        self.counts = torch.zeros(max(1, num_workers), 2, dtype=torch.int64)
-        if num_workers:
-            self.counts.share_memory_()
-        self._named: set[int] = set()
-
-    @property
-    def seen(self) -> int:
-        """Samples asked for so far, in all workers."""
-        return int(self.counts[:, 0].sum())
-
-    @property
-    def bad(self) -> int:
-        """Samples among them that could not be decoded."""
-        return int(self.counts[:, 1].sum())
-
-    def passed(self, samples: int) -> None:
-        """Count samples that were asked for."""
-        self.counts[self._worker(), 0] += samples
-
-    def failed(self, sample_id: int, key: str, error: Exception) -> None:
-        """Count and write down a sample that could not be decoded."""
-        self.counts[self._worker(), 1] += 1
-        reason = f"{type(error).__name__}: {error}"
-        if self.path is not None and sample_id not in self._named:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(f"{self.path}-worker{self._worker()}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "sample_id": sample_id, "error": reason}) + "\n")
-        self._named.add(sample_id)
-        if self.bad > max(_FORGIVEN, self.max_bad_fraction * self.seen):
-            raise TooManyBadSamplesError(
-                f"{self.bad} of {self.seen} samples could not be decoded, the last being {key} ({reason}). At most "
-                f"{self.max_bad_fraction:.2%} may fail: mend or leave out the samples listed in `data.quarantine_dir`, "
-                "or raise `data.max_bad_fraction`."
-            )
-
-    @staticmethod
-    def _worker() -> int:
-        info = get_worker_info()
-        return 0 if info is None else info.id
 
 
 @dataclass(frozen=True)
@@ -157,8 +100,10 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         return len(self.index)
 
     def __getitem__(self, request: BatchRequest) -> ImageTextBatch:
-        epoch, wanted, positions = request
-        self.quarantine.passed(len(wanted))
+        with self.quarantine.making(len(request.rows)):
+            return self._batch(*request)
+
+    def _batch(self, epoch: int, wanted: np.ndarray, positions: np.ndarray) -> ImageTextBatch:
         rows, samples = zip(*(self._sample_or_substitute(epoch, int(row)) for row in wanted), strict=True)
         sample_id = torch.from_numpy(self.index.sample_id[list(rows)])
         flip = self._draws(epoch, sample_id)[:, 1] < 0.5 if self.options.flip else None
@@ -231,6 +176,6 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
             return self.index.read(self.reader, row, CAPTION).decode("utf-8").strip()
         caption = self.index.metadata(self.reader, row)[field]
         if not isinstance(caption, str):
-            raise TypeError(f"metadata field {field!r} is {caption!r}, not a text")
+            raise CaptionError(f"metadata field {field!r} is {caption!r}, not a text")
         caption.encode("utf-8")  # JSON can hold halves of characters, on which tokenizers and loggers would fail
         return caption.strip()

@@ -304,7 +304,7 @@ class ShardIndex:
             return list(pool.map(look, self.paths))
 
     def metadata(self, reader: ShardReader, row: int) -> dict[str, Any]:
-        """The sample's `.json`; KeyError if it has none, ValueError if it is no JSON object."""
+        """The sample's `.json`; KeyError if it has none, MetadataError if it is no JSON object."""
         return read_metadata(reader, self.shard_of(row), *self._place(row, METADATA))
 
     def read(self, reader: ShardReader, row: int, kind: int) -> bytes:

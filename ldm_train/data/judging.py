@@ -15,6 +15,7 @@ import numpy as np
 from ldm_train.data.filters import Filter
 from ldm_train.data.local_files import Storage
 from ldm_train.data.parquet import read_table
+from ldm_train.data.quarantine import MetadataError
 from ldm_train.data.scanning import KINDS, METADATA
 from ldm_train.data.shards import ShardReader
 
@@ -86,13 +87,15 @@ class Judge:
 
 
 def read_metadata(reader: ShardReader, shard: int, offset: int, size: int) -> dict[str, Any]:
-    """A `.json` member; KeyError if there is none (`size` is negative), ValueError if it is no JSON object."""
+    """A `.json` member; KeyError if there is none (`size` is negative), MetadataError if it is no JSON object."""
     if size < 0:
         raise KeyError(f"no {KINDS[METADATA]}")
     try:
         metadata = json.loads(reader.read(shard, offset, size))
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise MetadataError("nested too deep") from error
+    except ValueError as error:
+        raise MetadataError(str(error)) from error
     if not isinstance(metadata, dict):
-        raise ValueError("not a JSON object")
+        raise MetadataError("not a JSON object")
     return metadata
