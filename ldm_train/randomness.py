@@ -41,6 +41,7 @@ class Stream(IntEnum):
     INPUT_PERTURBATION = 10
     CONDITION_NOISE = 11
     BOUND = 12
+    CAPTION = 13
 
 
 class SampleKeys(NamedTuple):
