@@ -69,11 +69,8 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         kind, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
         if kind == _START_OF_SCAN:
             return size
-        if (
-            kind in _WITHOUT_LENGTH
-            or length < 2
-            or data.startswith(_APPLICATION_RECORDS.get(kind, b"\0" * 9), place + 4)
-        ):
+        record = _RECORDS_WITH_CARE.get(kind)
+        if kind in _WITHOUT_LENGTH or length < 2 or (record is not None and data.startswith(record, place + 4)):
             return None
         if kind in _FRAMES:
             precision, components = data[place + 4 : place + 5], data[place + 9 : place + 10]
