@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from ldm_train.data import Shape, transforms
+from ldm_train.data import transforms
+from ldm_train.data.crops import Shape
 from ldm_train.data.transforms import (
     ImageTooLargeError,
     center_square,
