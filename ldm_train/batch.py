@@ -20,6 +20,10 @@ class ImageTextBatch(TypedDict):
             have consecutive places, whichever process trains them.
         epoch: the epoch the batch belongs to, a plain int; 0 in validation, so that validation noise never changes.
         key: B strings, `<shard>/<__key__>`, to name a sample to a person.
+        original_size: (B, 2) int64 height and width of the image as it was found, upright, before anything was cut off
+            or resized; there in training and validation.
+        crop: (B, 2) int64 pixels cut off above and to the left of what is shown, counted in the resized image, and
+            after a mirroring on the side that is left then (Podell et al. 2023, section 2.2); there likewise.
         label: (B,) int64 class of each image; there if `data.label` asks for it.
         segmentation: (B, H, W) int64 class of each pixel; there if `data.segmentation` asks for it.
         hole: (B, 1, H, W) float32, 1 where a person wants something new in an image and 0 where it must stay; there if
@@ -32,6 +36,8 @@ class ImageTextBatch(TypedDict):
     position: Tensor
     epoch: int
     key: list[str]
+    original_size: NotRequired[Tensor]
+    crop: NotRequired[Tensor]
     label: NotRequired[Tensor]
     segmentation: NotRequired[Tensor]
     hole: NotRequired[Tensor]

@@ -42,6 +42,7 @@ class Stream(IntEnum):
     CONDITION_NOISE = 11
     BOUND = 12
     DROPOUT = 13
+    CAPTION = 14
 
 
 class SampleKeys(NamedTuple):

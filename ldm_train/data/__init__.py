@@ -1,5 +1,17 @@
 """Captioned images from WebDataset shards: index, order, decoding, labels, segmentation maps, loading."""
 
+from ldm_train.data.buckets import AspectBuckets, ShapeOfRow, assign, bucket_shapes
+from ldm_train.data.captions import (
+    CaptionSource,
+    FieldCaption,
+    PlainCaption,
+    ShuffledTags,
+    TextCaption,
+    TextLines,
+    Texts,
+    WeightedCaptions,
+)
+from ldm_train.data.crops import Box, CenterCrop, Crop, RandomCrop, RandomResizedCrop, Shape
 from ldm_train.data.datamodule import ImageTextDataModule
 from ldm_train.data.dataset import ImageOptions, ImageTextDataset
 from ldm_train.data.filters import FieldIn, FieldNotIn, Filter, MinimumSize
@@ -11,9 +23,15 @@ from ldm_train.data.segmentation import ColourRegions, PixelClassifier, Segmenta
 from ldm_train.data.shards import ShardReader, ShardReadError, scan_shard
 
 __all__ = [
+    "AspectBuckets",
     "BatchRequest",
+    "Box",
+    "CaptionSource",
+    "CenterCrop",
     "ColourRegions",
+    "Crop",
     "Damage",
+    "FieldCaption",
     "FieldIn",
     "FieldLabel",
     "FieldNotIn",
@@ -24,16 +42,28 @@ __all__ = [
     "Label",
     "MinimumSize",
     "PixelClassifier",
+    "PlainCaption",
     "Position",
     "Quarantine",
+    "RandomCrop",
+    "RandomResizedCrop",
     "SegmentationMember",
+    "Shape",
+    "ShapeOfRow",
     "ShardIndex",
     "ShardReadError",
     "ShardReader",
     "ShuffledOrder",
+    "ShuffledTags",
+    "TextCaption",
+    "TextLines",
+    "Texts",
     "TooManyBadSamplesError",
     "TrainingSampler",
     "ValidationSampler",
+    "WeightedCaptions",
+    "assign",
+    "bucket_shapes",
     "build_index",
     "expand_shards",
     "scan_shard",
