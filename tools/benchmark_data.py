@@ -28,7 +28,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from ldm_train.batch import ImageTextBatch
 from ldm_train.data import ImageTextDataModule, ShardReader, build_index, expand_shards
 from ldm_train.data.index import IMAGE
-from ldm_train.data.transforms import crop_square, decode_rgb, resize
+from ldm_train.data.transforms import center_square, decode_rgb
 from ldm_train.data.writing import ShardSample, ShardWriter
 
 EMOJI = Path(__file__).parents[1] / "ldm_train" / "assets" / "noto_emoji"
@@ -132,8 +132,7 @@ def limit(files: list[Tensor], image_size: int, batch: int) -> Iterator[Tensor]:
     """The same libraries' decoding, resizing and conversion of files that lie in memory, and nothing else."""
     for begin in range(0, len(files), batch):
         images = [
-            resize(crop_square(decode_image(file, ImageReadMode.RGB)), image_size)
-            for file in files[begin : begin + batch]
+            center_square(decode_image(file, ImageReadMode.RGB), image_size) for file in files[begin : begin + batch]
         ]
         yield torch.stack(images).float().div_(127.5).sub_(1.0)
 

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from ldm_train.callbacks.drawing import Tile, captioned_grid
 from ldm_train.data.index import IMAGE, ShardIndex, build_index, expand_shards
-from ldm_train.data.transforms import crop_square, resize
+from ldm_train.data.transforms import center_square
 
 QUANTILES = {"least": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "most": 1.0}
 # Width by height: the edges between the shapes that cameras and screens have.
@@ -233,7 +233,7 @@ def contact_sheet(wanted: Wanted, seed: int, title: str) -> Image.Image:
     """Some pictures as training would crop them, with their captions beneath."""
     columns, rows = SHEET
     chosen = pictures(wanted, mixed_rows(wanted.index, f"sheet {seed}"), columns * rows)
-    tiles = [Tile(resize(crop_square(image), TILE), caption) for image, caption in chosen]
+    tiles = [Tile(center_square(image, TILE), caption) for image, caption in chosen]
     return captioned_grid(tiles, title, columns) if tiles else Image.new("RGB", (TILE, TILE), "white")
 
 

@@ -15,6 +15,7 @@ from ldm_train.data.captions import (
     WeightedCaptions,
 )
 from ldm_train.data.index import CAPTION, METADATA
+from ldm_train.data.quarantine import CaptionError
 from ldm_train.randomness import Stream, uniform
 
 COUNT = 4000
@@ -97,10 +98,10 @@ def test_validation_reads_the_first_caption_as_it_stands(source):
     ("value", "error"),
     [
         ({}, KeyError),
-        ({"f": 4}, TypeError),
-        ({"f": []}, TypeError),
-        ({"f": ["a", None]}, TypeError),
-        ({"f": None}, TypeError),
+        ({"f": 4}, CaptionError),
+        ({"f": []}, CaptionError),
+        ({"f": ["a", None]}, CaptionError),
+        ({"f": None}, CaptionError),
     ],
 )
 def test_fields_that_hold_no_text_are_errors(value, error):

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from ldm_train.data import BatchRequest, ImageOptions, ImageTextDataset, Quarantine, TooManyBadSamplesError, build_index
+from ldm_train.data.captions import FieldCaption, TextCaption
 from ldm_train.data.index import CAPTION, IMAGE, METADATA
 from ldm_train.data.transforms import decode_rgb
 from tests.data.damaged import BYTES, EVERYTHING, Case
@@ -65,7 +66,8 @@ class Outcome:
         index = build_index([str(path)], (IMAGE, second))
         self.damage = [reason for _, reason in index.damage]
         self.delivered, self.quarantine = {}, Record()
-        options = ImageOptions(8, max_pixels=1 << 20, caption_field=caption_field)
+        source = TextCaption() if caption_field is None else FieldCaption(caption_field)
+        options = ImageOptions(8, max_pixels=1 << 20, caption=source)
         dataset = ImageTextDataset(index, options, 0, self.quarantine)
         for row in range(len(index)):
             assert index.key(row) not in self.delivered, "one key, two samples"
