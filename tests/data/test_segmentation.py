@@ -58,7 +58,7 @@ def test_indexing_maps_changes_neither_rows_nor_fingerprint(tmp_path):
     plain, mapped = build_index([path]), build_index([path], segmentation="seg.png")
     assert mapped.fingerprint == plain.fingerprint
     assert np.array_equal(mapped.columns.offsets[:, :3], plain.columns.offsets)
-    assert np.array_equal(mapped.sizes[:, :3], plain.sizes)
+    assert np.array_equal(mapped.columns.sizes[:, :3], plain.columns.sizes)
     assert plain.offsets.shape == (12, 3)
 
 
