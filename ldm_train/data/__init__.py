@@ -1,16 +1,20 @@
 """Captioned images from WebDataset shards: index, order, decoding, labels, segmentation maps, loading."""
 
+from ldm_train.data.bucketed_order import BucketedOrder
 from ldm_train.data.datamodule import ImageTextDataModule
 from ldm_train.data.dataset import ImageOptions, ImageTextDataset, Quarantine, TooManyBadSamplesError
 from ldm_train.data.filters import FieldIn, FieldNotIn, Filter, MinimumSize
 from ldm_train.data.index import Damage, ShardIndex, build_index, expand_shards
 from ldm_train.data.labels import FieldLabel, Label
-from ldm_train.data.sampler import BatchRequest, Position, ShuffledOrder, TrainingSampler, ValidationSampler
+from ldm_train.data.mixed_order import MixedOrder
+from ldm_train.data.order import Order, ShuffledOrder
+from ldm_train.data.sampler import BatchRequest, Position, TrainingSampler, ValidationSampler
 from ldm_train.data.segmentation import ColourRegions, PixelClassifier, SegmentationMember
 from ldm_train.data.shards import ShardReader, ShardReadError, scan_shard
 
 __all__ = [
     "BatchRequest",
+    "BucketedOrder",
     "ColourRegions",
     "Damage",
     "FieldIn",
@@ -23,6 +27,8 @@ __all__ = [
     "Label",
     "MinimumSize",
     "PixelClassifier",
+    "MixedOrder",
+    "Order",
     "Position",
     "Quarantine",
     "SegmentationMember",

@@ -157,7 +157,7 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         return len(self.index)
 
     def __getitem__(self, request: BatchRequest) -> ImageTextBatch:
-        epoch, wanted, positions = request
+        epoch, wanted, positions, visits = request
         self.quarantine.passed(len(wanted))
         rows, samples = zip(*(self._sample_or_substitute(epoch, int(row)) for row in wanted), strict=True)
         sample_id = torch.from_numpy(self.index.sample_id[list(rows)])
