@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
@@ -22,7 +23,7 @@ from ldm_train.data.sampler import BatchRequest, substitute_rows
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 from ldm_train.data.shards import ShardReader, ShardReadError
 from ldm_train.data.transforms import crop_square, decode_rgb, flip_where, resize, resize_classes, to_signed_unit
-from ldm_train.randomness import Stream, uniform
+from ldm_train.randomness import Stream, uniform, visit_id
 
 _SUBSTITUTES = 16
 _FORGIVEN = 10
@@ -159,8 +160,10 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
     def __getitem__(self, request: BatchRequest) -> ImageTextBatch:
         epoch, wanted, positions, visits = request
         self.quarantine.passed(len(wanted))
-        rows, samples = zip(*(self._sample_or_substitute(epoch, int(row)) for row in wanted), strict=True)
-        sample_id = torch.from_numpy(self.index.sample_id[list(rows)])
+        visit = np.broadcast_to(visits, len(wanted)).copy()
+        asked = zip(wanted.tolist(), visit.tolist(), strict=True)
+        rows, samples = zip(*(self._sample_or_substitute(epoch, *one) for one in asked), strict=True)
+        sample_id = visit_id(torch.from_numpy(self.index.sample_id[list(rows)]), torch.from_numpy(visit))
         flip = self._draws(epoch, sample_id)[:, 1] < 0.5 if self.options.flip else None
         images = torch.stack([sample.image for sample in samples])
         batch = ImageTextBatch(
@@ -182,10 +185,10 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         """(B, 2) uniform numbers: the place of the crop and the flip."""
         return uniform(self.seed, epoch, sample_id, Stream.AUGMENTATION, (2,))
 
-    def _sample_or_substitute(self, epoch: int, row: int) -> tuple[int, Sample]:
+    def _sample_or_substitute(self, epoch: int, row: int, visit: int) -> tuple[int, Sample]:
         for candidate in self._candidates(epoch, row):
             try:
-                return candidate, self._sample(epoch, candidate)
+                return candidate, self._sample(epoch, candidate, visit)
             except ShardReadError:
                 raise
             except Exception as error:  # whatever a decoder throws at damaged bytes: counted, named and limited
@@ -200,13 +203,14 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         sample_id = int(self.index.sample_id[row])
         yield from substitute_rows(_SUBSTITUTES, len(self.index), self.seed, epoch, sample_id)
 
-    def _sample(self, epoch: int, row: int) -> Sample:
+    def _sample(self, epoch: int, row: int, visit: int) -> Sample:
         sample_id = int(self.index.sample_id[row])
         if self.cache is not None and sample_id in self.cache:
             return self.cache[sample_id]
         image = decode_rgb(self.index.read(self.reader, row, IMAGE), self.options.max_pixels)
         is_random = self.options.crop == "random"
-        place = self._draws(epoch, torch.tensor([sample_id]))[0, 0].item() if is_random else 0.5
+        key = visit_id(torch.tensor([sample_id]), torch.tensor([visit]))
+        place = self._draws(epoch, key)[0, 0].item() if is_random else 0.5
         square = resize(crop_square(image, place), self.options.image_size, self.options.interpolation)
         sample = Sample(square, self._caption(row), self._label(row), self._segmentation(row, image, square, place))
         if self.cache is not None:

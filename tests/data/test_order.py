@@ -1,6 +1,6 @@
 import hashlib
+import json
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -119,7 +119,7 @@ def test_bucketed_order_is_frozen():
     buckets = np.arange(30_000) * 7919 % 101 % 5
     order = BucketedOrder(starts_of([12_000, 18_000]), buckets, 2, seed=7, groups=4, window=512)
     rows = np.concatenate([order.rows(epoch, np.arange(len(order))) for epoch in (0, 1)])
-    assert digest(rows) == "BUCKETED"
+    assert digest(rows) == "cbf017f1a82ad42b3f47051785e7fd0451b59ff028af19203f8c9c571bd67710"
 
 
 def test_buckets_that_cannot_be_trained_are_refused():
@@ -229,7 +229,8 @@ def test_no_visit_of_a_row_is_like_another():
     keys = []
     for epoch in range(3):
         positions = np.arange(len(order))
-        keys += [(epoch, *pair) for pair in zip(order.rows(epoch, positions), order.visits(epoch, positions))]
+        pairs = zip(order.rows(epoch, positions).tolist(), order.visits(epoch, positions).tolist(), strict=True)
+        keys += [(epoch, *pair) for pair in pairs]
     assert len(set(keys)) == len(keys)
     assert not ShuffledOrder(starts_of([9]), 0).visits(4, np.arange(9)).any()
 
@@ -243,7 +244,6 @@ def test_weights_in_proportion_to_sizes_show_each_sample_about_once():
     # What a block may hold too many of a source or too few is less than the source's part of one block.
     assert np.abs(drawn - sizes).max() <= 40
     assert len(np.unique(rows)) > 0.98 * sum(sizes)
-    assert all(begin < end for begin, end in pairwise(edges))
 
 
 def test_mixtures_of_units_keep_their_shapes():
@@ -259,7 +259,7 @@ def test_mixtures_of_units_keep_their_shapes():
 def test_mixture_is_frozen():
     order = mixture([50, 700, 300], [1, 2, 0.5], 5000)
     rows = np.concatenate([order.rows(epoch, np.arange(5000)) for epoch in (0, 1)])
-    assert digest(rows) == "MIXED"
+    assert digest(rows) == "0695826ed0ab4ce684879a46acacfd136a2c304746621551567108b18e3d2a85"
 
 
 @pytest.mark.parametrize(
@@ -278,8 +278,6 @@ def test_weights_that_cannot_be_kept_are_refused(weights, length, said):
 
 
 def test_what_a_position_depends_on_is_described():
-    import json
-
     shuffled = ShuffledOrder(starts_of([10, 10]), 0, groups=7, window=9)
     assert shuffled.describe() == {"shuffle_groups": 7, "shuffle_window": 9}
     described = [shuffled.describe()]
