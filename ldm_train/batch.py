@@ -14,8 +14,9 @@ class ImageTextBatch(TypedDict):
     Attributes:
         image: (B, 3, H, W) float32 in [-1, 1].
         caption: B strings; an empty string is a valid caption.
-        sample_id: (B,) int64, the sample's number in the data set's index. Together with the run's seed and the epoch
-            it keys every random draw made for the sample, see `ldm_train.randomness`.
+        sample_id: (B,) int64, the sample's number in the data set's index, and above its lowest 40 bits the number of
+            the visit where a mixture shows a sample more than once in an epoch. Together with the run's seed and the
+            epoch it keys every random draw made for the sample, see `ldm_train.randomness.visit_id`.
         position: (B,) int64, the sample's place in the order of its epoch, over all processes: the samples of one step
             have consecutive places, whichever process trains them.
         epoch: the epoch the batch belongs to, a plain int; 0 in validation, so that validation noise never changes.

@@ -29,8 +29,9 @@ from ldm_train.data.dataset import INTERPOLATIONS, ImageOptions, ImageTextDatase
 from ldm_train.data.filters import Filter
 from ldm_train.data.index import IMAGE, METADATA, ShardIndex, build_index, expand_shards
 from ldm_train.data.labels import Label
+from ldm_train.data.order import ShuffledOrder
 from ldm_train.data.quarantine import Quarantine
-from ldm_train.data.sampler import BatchRequest, Position, ShuffledOrder, TrainingSampler, ValidationSampler
+from ldm_train.data.sampler import BatchRequest, Position, TrainingSampler, ValidationSampler
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 
 _STATE_VERSION = 1

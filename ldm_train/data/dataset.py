@@ -24,7 +24,7 @@ from ldm_train.data.sampler import BatchRequest, substitute_rows
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 from ldm_train.data.shards import ShardReader, ShardReadError
 from ldm_train.data.transforms import cut, decode_rgb, resize, resize_classes, to_signed_unit
-from ldm_train.randomness import Stream, uniform
+from ldm_train.randomness import Stream, uniform, visit_id
 
 _SUBSTITUTES = 16
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -126,13 +126,14 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         with self.quarantine.making(len(request.rows)):
             return self._batch(*request)
 
-    def _batch(self, epoch: int, wanted: np.ndarray, positions: np.ndarray) -> ImageTextBatch:
-        shape = self._shape(wanted)
+    def _batch(self, epoch: int, wanted: np.ndarray, positions: np.ndarray, visits: np.ndarray | int) -> ImageTextBatch:
+        shape, visit = self._shape(wanted), np.broadcast_to(visits, len(wanted)).copy()
         images = torch.empty(len(wanted), 3, *shape, dtype=torch.uint8)
         maps = torch.empty(len(wanted), *shape, dtype=torch.int64)
         rows, samples, captions, corners = [], [], [], []
-        for place, (asked, draws) in enumerate(zip(wanted.tolist(), self._draws(epoch, wanted), strict=True)):
-            row, sample, caption, mirrored = self._sample_or_substitute(epoch, asked, draws, shape)
+        for place, draws in enumerate(self._draws(epoch, wanted, visit)):
+            asked = int(wanted[place]), visit[place : place + 1]
+            row, sample, caption, mirrored = self._sample_or_substitute(epoch, *asked, draws, shape)
             images[place] = sample.image.flip(-1) if mirrored else sample.image
             if sample.segmentation is not None:
                 maps[place] = sample.segmentation.flip(-1) if mirrored else sample.segmentation
@@ -144,7 +145,7 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         batch = ImageTextBatch(
             image=self.finish(images),
             caption=captions,
-            sample_id=torch.from_numpy(self.index.sample_id[rows]),
+            sample_id=self._visit_id(rows, visit),
             position=torch.from_numpy(positions),
             epoch=epoch,
             key=[self.index.full_key(row) for row in rows],
@@ -168,9 +169,12 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
             )
         return shapes.pop()
 
-    def _draws(self, epoch: int, rows: np.ndarray) -> Iterator[Draws]:
+    def _visit_id(self, rows: Sequence[int] | np.ndarray, visit: np.ndarray) -> Tensor:
+        return visit_id(torch.from_numpy(np.asarray(self.index.sample_id[rows])), torch.from_numpy(visit))
+
+    def _draws(self, epoch: int, rows: np.ndarray, visit: np.ndarray) -> Iterator[Draws]:
         # For all at once: the generator takes as long for one sample as for a hundred.
-        sample_id = torch.from_numpy(self.index.sample_id[rows])
+        sample_id = self._visit_id(rows, visit)
         augmentation = self._uniform(epoch, sample_id, Stream.AUGMENTATION, self._augmentation_draws)
         caption = self._uniform(epoch, sample_id, Stream.CAPTION, self.options.caption.draws)
         return map(Draws, augmentation, caption)
@@ -180,11 +184,13 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
             return [[]] * len(sample_id)
         return uniform(self.seed, epoch, sample_id, stream, (count,)).tolist()
 
-    def _sample_or_substitute(self, epoch: int, row: int, draws: Draws, shape: Shape) -> tuple[int, Sample, str, bool]:
+    def _sample_or_substitute(
+        self, epoch: int, row: int, visit: np.ndarray, draws: Draws, shape: Shape
+    ) -> tuple[int, Sample, str, bool]:
         for candidate in self._candidates(epoch, row):
             try:
                 if candidate != row:
-                    (draws,) = self._draws(epoch, np.array([candidate]))
+                    (draws,) = self._draws(epoch, np.array([candidate]), visit)
                 sample = self._sample(candidate, draws, shape)
                 is_mirrored = self.options.flip and draws.augmentation[FLIP] < 0.5
                 caption = self.options.caption(sample.texts, draws.caption)
