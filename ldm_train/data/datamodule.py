@@ -25,8 +25,9 @@ from ldm_train import distributed
 from ldm_train.batch import ImageTextBatch
 from ldm_train.data.dataset import CROPS, INTERPOLATIONS, ImageOptions, ImageTextDataset, Quarantine, Sample
 from ldm_train.data.filters import Filter
-from ldm_train.data.index import CAPTION, IMAGE, METADATA, ShardIndex, build_index, expand_shards
+from ldm_train.data.index import CAPTION, IMAGE, METADATA, ShardIndex, build_index
 from ldm_train.data.labels import Label
+from ldm_train.data.locations import expand_shards
 from ldm_train.data.sampler import BatchRequest, Position, ShuffledOrder, TrainingSampler, ValidationSampler
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 

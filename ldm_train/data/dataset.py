@@ -20,7 +20,8 @@ from ldm_train.data.index import CAPTION, IMAGE, SEGMENTATION, ShardIndex
 from ldm_train.data.labels import Label
 from ldm_train.data.sampler import BatchRequest, substitute_rows
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
-from ldm_train.data.shards import ShardReader, ShardReadError
+from ldm_train.data.shards import ShardReader
+from ldm_train.data.storage import ShardReadError
 from ldm_train.data.transforms import crop_square, decode_rgb, flip_where, resize, resize_classes, to_signed_unit
 from ldm_train.randomness import Stream, uniform
 
@@ -151,7 +152,7 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         cache: dict[int, Sample] | None = None,
     ) -> None:
         self.index, self.options, self.seed, self.quarantine, self.cache = index, options, seed, quarantine, cache
-        self.reader = ShardReader(index.paths)
+        self.reader = ShardReader(index.paths, index.storage)
 
     def __len__(self) -> int:
         return len(self.index)

@@ -10,11 +10,9 @@ The fingerprint hashes the shards' names and sizes, the samples they hold, and h
 equal fingerprints see equal rows.
 """
 
-import glob
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,10 +20,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from braceexpand import braceexpand
 
 from ldm_train.data.filters import Filter
 from ldm_train.data.shards import Member, ShardReader, scan_shard
+from ldm_train.data.storage import LOCAL_FILES, Storage
 
 IMAGE, CAPTION, METADATA, SEGMENTATION = 0, 1, 2, 3
 _KINDS = ("image", "caption (.txt)", "metadata (.json)", "segmentation map")
@@ -38,35 +36,6 @@ class Damage(NamedTuple):
 
     shard: str
     reason: str
-
-
-def expand_shards(shards: str | Sequence[str], key: str = "data.shards") -> tuple[str, ...]:
-    """The files that brace patterns (`{00000..00003}.tar`), globs (`*.tar`) and paths name, each once, in order.
-
-    Args:
-        shards: one pattern or a list of them.
-        key: the config key they come from, for error messages.
-    """
-    paths: list[str] = []
-    for pattern in [shards] if isinstance(shards, str) else shards:
-        if re.match(r"pipe:|\w+://", pattern):
-            raise ValueError(f"`{key}` names {pattern!r}; allowed are files on a mounted disk: copy the shards there.")
-        for name in braceexpand(os.path.expanduser(pattern)):
-            found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
-            if not found:
-                folder = os.path.dirname(os.path.abspath(name))
-                state = "exists" if os.path.isdir(folder) else "does not exist"
-                raise FileNotFoundError(
-                    f"no shard {os.path.basename(name)!r} in {folder} (the folder {state}). Allowed are paths, globs "
-                    f"and brace patterns of existing tar files; `{key}` is {pattern!r}."
-                )
-            paths += found
-    path, count = Counter(map(os.path.realpath, paths)).most_common(1)[0] if paths else ("", 0)
-    if count > 1:
-        raise ValueError(f"the shard {path} is named {count} times; each may take part once: shorten `{key}`.")
-    if not paths:
-        raise ValueError(f"`{key}` is empty; it must name at least one tar file.")
-    return tuple(paths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +55,7 @@ class ShardIndex:
         selection: how the rows were selected, one line a step.
         damage: what was left out as incomplete or unreadable.
         refused: samples left out by filters, counted by reason.
+        storage: where the shards lie.
     """
 
     paths: tuple[str, ...]
@@ -100,6 +70,7 @@ class ShardIndex:
     selection: tuple[str, ...] = ()
     damage: tuple[Damage, ...] = ()
     refused: Counter[str] = field(default_factory=Counter)
+    storage: Storage = LOCAL_FILES
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -140,7 +111,7 @@ class ShardIndex:
 
     def filtered(self, filters: Iterable[Filter]) -> "ShardIndex":
         """The samples that every filter keeps; the first filter that refuses a sample is the one that is counted."""
-        filters, reader = list(filters), ShardReader(self.paths)
+        filters, reader = list(filters), ShardReader(self.paths, self.storage)
         if not filters:
             return self
         refused: Counter[str] = Counter()
@@ -228,7 +199,10 @@ def _promised(path: str) -> int | None:
 
 
 def build_index(
-    paths: Sequence[str], required: Sequence[int] = (IMAGE, CAPTION), segmentation: str | None = None
+    paths: Sequence[str],
+    required: Sequence[int] = (IMAGE, CAPTION),
+    segmentation: str | None = None,
+    storage: Storage = LOCAL_FILES,
 ) -> ShardIndex:
     """Index shards by reading their tar headers.
 
@@ -237,6 +211,7 @@ def build_index(
         required: the members without which a sample is incomplete.
         segmentation: the extension of segmentation maps, in lower case, without which a sample is incomplete too;
             `None` indexes none.
+        storage: where the shards lie.
     """
     kinds = _KIND_OF_EXTENSION
     if segmentation is not None:
@@ -249,7 +224,7 @@ def build_index(
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     names = tuple(os.path.relpath(path, root) for path in paths)
     for path, name in zip(paths, names, strict=True):
-        members, problems = scan_shard(path)
+        members, problems = scan_shard(path, storage)
         samples, incomplete = _group(members, kinds, required)
         promised = _promised(path)
         if promised not in (None, len(samples)):
@@ -263,7 +238,7 @@ def build_index(
     return ShardIndex(
         paths=tuple(paths),
         names=names,
-        file_sizes=tuple(os.path.getsize(path) for path in paths),
+        file_sizes=tuple(storage.identity(path).size for path in paths),
         starts=np.concatenate(([0], np.cumsum(counts, dtype=np.int64))),
         offsets=members_of[..., 0],
         sizes=members_of[..., 1].astype(np.int32),
@@ -271,4 +246,5 @@ def build_index(
         key_spans=np.stack((np.concatenate(([0], ends[:-1])), ends), axis=1) if keys else np.zeros((0, 2), np.int64),
         key_bytes=b"".join(keys),
         damage=tuple(damage),
+        storage=storage,
     )
