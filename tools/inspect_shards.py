@@ -26,7 +26,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ldm_train.callbacks.drawing import Tile, captioned_grid
-from ldm_train.data.index import IMAGE, ShardIndex, build_index, expand_shards
+from ldm_train.data.index import IMAGE, ShardIndex, build_index
+from ldm_train.data.locations import expand_shards
 from ldm_train.data.transforms import center_square
 
 QUANTILES = {"least": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "most": 1.0}

@@ -11,7 +11,7 @@ Lightning calls, on resume: `setup`, `load_state_dict`, `train_dataloader`, one 
 import json
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,16 @@ from ldm_train.data.captions import CaptionSource, TextCaption
 from ldm_train.data.crops import Crop, Shape, crop_of
 from ldm_train.data.dataset import INTERPOLATIONS, ImageOptions, ImageTextDataset, Sample
 from ldm_train.data.filters import Filter
-from ldm_train.data.index import IMAGE, METADATA, ShardIndex, build_index, expand_shards
+from ldm_train.data.index import IMAGE, METADATA, ShardIndex, build_index
 from ldm_train.data.labels import Label
+from ldm_train.data.locations import expand_shards
 from ldm_train.data.order import ShuffledOrder
 from ldm_train.data.quarantine import Quarantine
+from ldm_train.data.remote import RemoteFiles
 from ldm_train.data.sampler import BatchRequest, Position, TrainingSampler, ValidationSampler
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
+from ldm_train.data.shard_cache import ShardCache
+from ldm_train.data.storage import LOCAL_FILES, Routed
 
 _STATE_VERSION = 1
 _TRAINING, _VALIDATION = "training", "validation"
@@ -82,6 +86,9 @@ class ImageTextDataModule(L.LightningDataModule):
         shuffle_groups: places of the data set that a batch mixes, see `ShuffledOrder`.
         shuffle_window: samples that are permuted together, see `ShuffledOrder`.
         prefetch_factor: batches that each worker prepares ahead.
+        cache_dir: node-local directory for copies of remote shards, see `ShardCache`; None: under `TMPDIR`.
+        cache_bytes: its size at most.
+        storage_options: what reaches the stores of each protocol, see `RemoteFiles`.
     """
 
     def __init__(
@@ -109,6 +116,9 @@ class ImageTextDataModule(L.LightningDataModule):
         shuffle_groups: int = 64,
         shuffle_window: int = 8192,
         prefetch_factor: int = 2,
+        cache_dir: str | None = None,
+        cache_bytes: int = 100 << 30,
+        storage_options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.shards, self.val_shards, self.val_fraction = shards, val_shards, val_fraction
@@ -121,6 +131,7 @@ class ImageTextDataModule(L.LightningDataModule):
         self.options = ImageOptions(
             image_size, crop_of(crop), flip, interpolation, max_pixels, caption or TextCaption(), label, segmentation
         )
+        self.shard_cache = ShardCache(cache_dir, cache_bytes, RemoteFiles(storage_options), num_workers)
         self._check_arguments()
         self._caches: dict[str, dict[tuple[int, Shape], Sample]] = {_TRAINING: {}, _VALIDATION: {}}
         self._quarantines: list[Quarantine] = []
@@ -141,6 +152,7 @@ class ImageTextDataModule(L.LightningDataModule):
         _check(0.0 <= self.val_fraction < 1.0, "val_fraction", self.val_fraction, "at least 0 and below 1")
         _check(not (self.val_fraction and self.val_shards), "val_fraction", self.val_fraction, "0 beside `val_shards`")
         _check(0.0 <= self.max_bad_fraction <= 1.0, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
+        _check(self.shard_cache.max_bytes > 0, "cache_bytes", self.shard_cache.max_bytes, "positive")
         interpolation = self.options.interpolation
         _check(interpolation in INTERPOLATIONS, "interpolation", interpolation, f"one of {INTERPOLATIONS}")
         is_fixed = crop_of(self.options.crop).draws == 0
@@ -178,7 +190,9 @@ class ImageTextDataModule(L.LightningDataModule):
             required.add(METADATA)
         source = self.options.segmentation
         extension = source.extension if isinstance(source, SegmentationMember) else None
-        return build_index(expand_shards(shards, key), sorted(required), extension).filtered(self.filters)
+        storage = Routed(LOCAL_FILES, self.shard_cache)
+        paths = expand_shards(shards, key, self.shard_cache.glob)
+        return build_index(paths, sorted(required), extension, storage=storage).filtered(self.filters)
 
     @property
     def train_index(self) -> ShardIndex:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from ldm_train.data import FieldIn, FieldNotIn, MinimumSize, build_index, expand_shards
 from ldm_train.data.filters import AspectRatio, CaptionLength, Maximum, Minimum
-from ldm_train.data.local_files import LOCAL_FILES
 from ldm_train.data.parquet import read_table
+from ldm_train.data.storage import LOCAL_FILES
 from ldm_train.data.writing import metadata_table
 from tests.data.conftest import sample, write_tar
 

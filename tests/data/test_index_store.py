@@ -289,7 +289,7 @@ import numpy as np
 from pathlib import Path
 from ldm_train.data.index import ShardIndex
 from ldm_train.data.index_store import open_index
-from ldm_train.data.sampler import ShuffledOrder
+from ldm_train.data.order import ShuffledOrder
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 2**20
