@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ldm_train.data.filters import Filter, Maximum, Minimum
 from ldm_train.data import RemoteFiles, Routed, ShardCache, ShardReadError
+from ldm_train.data.filters import Filter, Maximum, Minimum
 from ldm_train.data.index import CAPTION, IMAGE, METADATA, ShardIndex, build_index
 from ldm_train.data.locations import expand_shards
 from ldm_train.data.storage import LOCAL_FILES
