@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +29,7 @@ _BLOCK = 1 << 20
 Shards = str | Sequence[str]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class CorpusOptions:
     """What a corpus is made of; the keys are those of `data` in the config.
 
@@ -100,7 +100,8 @@ class CorpusOptions:
             check(is_whole, f"mixture.{name}", source, "of the form {shards: ..., weight: ...}")
 
 
-class Split(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Split:
     """Samples, and the bucket of each, (N,) uint8 or uint16; None where all are squares."""
 
     index: ShardIndex
@@ -188,7 +189,7 @@ class Corpus:
 
     def _order(self, first: int, end: int) -> Order:
         """The order of the shards from `first` to `end`, over rows from 0."""
-        options, (index, buckets) = self.options, self.training
+        options, index, buckets = self.options, self.training.index, self.training.buckets
         starts = index.starts[first : end + 1] - index.starts[first]
         shuffle = options.seed, options.shuffle_groups, options.shuffle_window
         if buckets is None:

@@ -92,6 +92,12 @@ class ImageTextDataModule(L.LightningDataModule):
         storage_options: what reaches the stores of each protocol, see `RemoteFiles`.
     """
 
+    _training_quarantine: Quarantine | None = None
+    _restored: dict[str, Any] | None = None
+    _sampler: TrainingSampler | None = None
+    _untrained = Position()
+    _processed_before = -1
+
     def __init__(
         self,
         shards: Shards | None,
@@ -128,45 +134,23 @@ class ImageTextDataModule(L.LightningDataModule):
         storage_options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
-        self.seed, self.cache_decoded = seed, cache_decoded
-        self.max_bad_fraction, self.prefetch_factor = max_bad_fraction, prefetch_factor
+        self.batch_size, self.val_batch_size = batch_size, batch_size if val_batch_size is None else val_batch_size
+        self.seed, self.cache_decoded, self.max_bad_fraction = seed, cache_decoded, max_bad_fraction
+        self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
         self.quarantine_dir = None if quarantine_dir is None else Path(quarantine_dir)
-        self.options = ImageOptions(
-            image_size, crop_of(crop), flip, interpolation, max_pixels, caption or TextCaption(), label, segmentation
-        )
+        caption, crop = caption or TextCaption(), crop_of(crop)
+        self.options = ImageOptions(image_size, crop, flip, interpolation, max_pixels, caption, label, segmentation)
         self.shard_cache = ShardCache(cache_dir, cache_bytes, RemoteFiles(storage_options), num_workers)
         self._check_arguments()
+        which = shards, mixture, mixture_length, val_fraction, val_shards, list(filters or ()), limit
+        extension = segmentation.extension if isinstance(segmentation, SegmentationMember) else None
+        shapes, order = (buckets, bucket_unit, image_size), (shuffle_groups, shuffle_window)
         self.corpus = Corpus(
-            CorpusOptions(
-                seed=seed,
-                shards=shards,
-                mixture=mixture,
-                mixture_length=mixture_length,
-                val_fraction=val_fraction,
-                val_shards=val_shards,
-                filters=list(filters or ()),
-                limit=limit,
-                required=self._required,
-                segmentation=segmentation.extension if isinstance(segmentation, SegmentationMember) else None,
-                buckets=buckets,
-                bucket_unit=bucket_unit,
-                image_size=image_size,
-                shuffle_groups=shuffle_groups,
-                shuffle_window=shuffle_window,
-                index_dir=index_dir,
-                index_workers=index_workers,
-            ),
+            CorpusOptions(seed, *which, self._required, extension, *shapes, *order, index_dir, index_workers),
             self.shard_cache,
         )
         self._caches: dict[str, dict[tuple[int, Shape], Sample]] = {_TRAINING: {}, _VALIDATION: {}}
         self._quarantines: list[Quarantine] = []
-        self._training_quarantine: Quarantine | None = None
-        self._restored: dict[str, Any] | None = None
-        self._sampler: TrainingSampler | None = None
-        self._untrained = Position()
-        self._processed_before = -1
 
     def _check_arguments(self) -> None:
         for key in ("batch_size", "val_batch_size", "prefetch_factor"):
@@ -263,7 +247,8 @@ class ImageTextDataModule(L.LightningDataModule):
         """This rank's validation batches, the same in every epoch; an empty list without validation images."""
         if not len(self.val_index):
             return []
-        index, buckets = validation = self.corpus.validation
+        validation = self.corpus.validation
+        index, buckets = validation.index, validation.buckets
         sampler = ValidationSampler(len(index), self.val_batch_size, *self._ranks, buckets=buckets)
         shape_of = self.corpus.shape_of(validation)
         return self._loader(self._dataset(index, self.options.plain(), _VALIDATION, shape_of=shape_of), sampler)

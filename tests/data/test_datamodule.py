@@ -331,7 +331,7 @@ class RankRecorder(Recorder):
 def test_two_ranks_share_epochs_and_resume_as_one(make, tmp_path):
     def run(folder, steps, resume=None, devices=2):
         (tmp_path / folder).mkdir()
-        datamodule = make(val_shards=make().shards, batch_size=2 // devices)
+        datamodule = make(val_shards=make().corpus.options.shards, batch_size=2 // devices)
         options = {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {}
         saver = SaveAt(tmp_path / folder, "on_train_batch_end")
         module = RankRecorder(tmp_path / folder)
