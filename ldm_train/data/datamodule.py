@@ -31,6 +31,7 @@ from ldm_train.data.dataset import INTERPOLATIONS, ImageOptions, ImageTextDatase
 from ldm_train.data.filters import Filter
 from ldm_train.data.index import IMAGE, METADATA, ShardIndex
 from ldm_train.data.labels import Label
+from ldm_train.data.locations import is_url
 from ldm_train.data.quarantine import Quarantine, running_totals
 from ldm_train.data.remote import RemoteFiles
 from ldm_train.data.sampler import BatchRequest, Position, TrainingSampler, ValidationSampler
@@ -196,7 +197,8 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def meters(self) -> dict[str, float]:
         """What this rank's loading has come to so far; the sum over ranks is the run's."""
-        return running_totals(self._quarantines)
+        is_remote = any(is_url(path) for path in self.train_index.paths)
+        return running_totals(self._quarantines, [self.shard_cache] if is_remote else [])
 
     def summary(self) -> dict[str, object]:
         """Plain facts for the start-up table."""

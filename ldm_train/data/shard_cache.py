@@ -84,6 +84,10 @@ class ShardCache:
         """What was done so far, in all workers."""
         return CacheCounts(*self._counts.sum(dim=0).tolist())
 
+    def counters(self) -> dict[str, int]:
+        """The same by name, for those who log."""
+        return self.counts._asdict()
+
     def glob(self, pattern: str) -> list[str]:
         """The URLs that a pattern matches."""
         return self.remote.glob(pattern)
