@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm_train.data.columns import Columns, open_array
+from ldm_train.data.columns import Columns, gathered, open_array
 from ldm_train.data.filters import Filter
 from ldm_train.data.index_store import UnwritableError, built, looked_up, opened_or_built, relative_names
 from ldm_train.data.judging import Judge, ShardSamples, read_metadata
@@ -110,8 +110,8 @@ class ShardIndex:
 
     def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the members of rows (n,) lie: (n, K) int64 byte offsets and (n, K) int32 sizes, -1 where absent."""
-        chosen = self.sample_id[rows]
-        return self.columns.offsets[chosen], self.columns.sizes[chosen]
+        chosen = self.sample_id[rows] if self.rows is None else gathered(self.rows, rows)
+        return gathered(self.columns.offsets, chosen), gathered(self.columns.sizes, chosen)
 
     def dimensions(self, rows: np.ndarray) -> np.ndarray:
         """(n, 2) int32 width and height in pixels of the images of rows (n,), -1 where their header is unreadable.

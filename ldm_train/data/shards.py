@@ -25,7 +25,8 @@ _SCAN = 1 << 20
 _MAX_NAME_RECORD = 1 << 16
 _REGULAR = (b"0", b"\0", b"7")
 _EMPTY = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: no data follow, whatever size they say
-_SILENT = (b"5", b"g", b"K", b"V")  # folders and what describes other members
+_SILENT = (b"5", b"g", b"K")  # folders and what describes other members
+_LABEL = b"V"  # names a volume, and has no data (GNU)
 _LONGEST_END = 1024 + 10240  # the mark, and what fills the last record of twenty blocks
 _CHECKSUM = slice(148, 156)
 
@@ -193,7 +194,7 @@ def scan_shard(path: str | Path, storage: Storage = LOCAL_FILES) -> tuple[list[M
                 damage.append(f"member {name} is cut by the end of the file")
             elif kind in _REGULAR:
                 members.append(Member(name, data, size))
-            elif kind not in _SILENT:
+            elif kind not in _SILENT and (kind != _LABEL or size):
                 damage.append(f"member {name} is a link, a device or of another kind ({kind!r}), and no file")
     finally:
         os.close(fd)
