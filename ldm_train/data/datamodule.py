@@ -39,7 +39,7 @@ from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 from ldm_train.data.shard_cache import ShardCache
 
 _STATE_VERSION = 1
-_PLACE = ("epoch", "samples", "global_batch_size", "quarantine")  # of a state: where training stands, no identity
+_PLACE = ("epoch", "samples", "global_batch_size")  # of a state: where training stands, no identity
 _TRAINING, _VALIDATION = "training", "validation"
 
 
@@ -93,7 +93,6 @@ class ImageTextDataModule(L.LightningDataModule):
         storage_options: what reaches the stores of each protocol, see `RemoteFiles`.
     """
 
-    _training_quarantine: Quarantine | None = None
     _restored: dict[str, Any] | None = None
     _sampler: TrainingSampler | None = None
     _untrained = Position()
@@ -238,10 +237,8 @@ class ImageTextDataModule(L.LightningDataModule):
         self._sampler = TrainingSampler(self.corpus.order, self.batch_size, *self._ranks)
         training = self.corpus.training
         dataset = self._dataset(training.index, self.options, _TRAINING, shape_of=self.corpus.shape_of(training))
-        self._training_quarantine = dataset.quarantine
         if self._restored:
             self._restore(self._sampler, self._restored)
-            dataset.quarantine.restore(self._restored.get("quarantine", {}))
         self._untrained, self._processed_before = self._sampler.position, -1
         return self._loader(dataset, self._sampler)
 
@@ -324,8 +321,7 @@ class ImageTextDataModule(L.LightningDataModule):
         epoch, samples = self._sampler.position if is_trained else self._untrained
         batch = self._sampler.global_batch_size
         place = {"epoch": epoch, "samples": samples, "global_batch_size": batch}
-        counted = {} if self._training_quarantine is None else {"quarantine": self._training_quarantine.state()}
-        return {**self._identity(), **place, **counted}
+        return {**self._identity(), **place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for `train_dataloader`; validation does not need it to fit."""
