@@ -86,6 +86,8 @@ def test_every_kind_of_command_is_found():
         "convert.py",
         "convert_model.py",
         "fetch_weights.py",
+        "index_shards.py",
+        "inspect_shards.py",
         "make_shards.py",
         "plot_schedule.py",
         "sample.py",

@@ -40,7 +40,7 @@ from ldm_train.conditioning import (
     TextConditioner,
 )
 from ldm_train.config import load_run
-from ldm_train.data.transforms import crop_square, decode_rgb, resize
+from ldm_train.data.transforms import center_square, decode_rgb
 from ldm_train.diffusion import (
     ClassifierFreeGuidance,
     DDIMSampler,
@@ -198,7 +198,7 @@ def read_square(path: Path, size: int, option: str) -> Tensor:
         pixels = decode_rgb(path.read_bytes(), max_pixels=1 << 28)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); allowed is a picture; change {option}") from error
-    return resize(crop_square(pixels), size).float() / 127.5 - 1.0
+    return center_square(pixels, size).float() / 127.5 - 1.0
 
 
 def original(arguments: argparse.Namespace, size: int) -> Original | None:

@@ -11,7 +11,7 @@ Lightning calls, on resume: `setup`, `load_state_dict`, `train_dataloader`, one 
 import json
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,23 @@ from torch.utils.data import DataLoader
 
 from ldm_train import distributed
 from ldm_train.batch import ImageTextBatch
-from ldm_train.data.dataset import CROPS, INTERPOLATIONS, ImageOptions, ImageTextDataset, Quarantine, Sample
+from ldm_train.data.buckets import AspectBuckets, ShapeOfRow
+from ldm_train.data.captions import CaptionSource, TextCaption
+from ldm_train.data.corpus import Corpus, CorpusOptions, Shards, check
+from ldm_train.data.crops import Crop, Shape, crop_of
+from ldm_train.data.dataset import INTERPOLATIONS, ImageOptions, ImageTextDataset, Sample
 from ldm_train.data.filters import Filter
-from ldm_train.data.index import CAPTION, IMAGE, METADATA, ShardIndex, build_index, expand_shards
+from ldm_train.data.index import IMAGE, METADATA, ShardIndex
 from ldm_train.data.labels import Label
-from ldm_train.data.sampler import BatchRequest, Position, ShuffledOrder, TrainingSampler, ValidationSampler
+from ldm_train.data.locations import is_url
+from ldm_train.data.quarantine import Quarantine, running_totals
+from ldm_train.data.remote import RemoteFiles
+from ldm_train.data.sampler import BatchRequest, Position, TrainingSampler, ValidationSampler
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
+from ldm_train.data.shard_cache import ShardCache
 
 _STATE_VERSION = 1
+_PLACE = ("epoch", "samples", "global_batch_size")  # of a state: where training stands, no identity
 _TRAINING, _VALIDATION = "training", "validation"
 
 
@@ -45,16 +54,11 @@ def _as_is(batch: object) -> object:
     return batch
 
 
-def _check(is_allowed: bool, key: str, found: object, rule: str) -> None:
-    if not is_allowed:
-        raise ValueError(f"`data.{key}` is {found!r}; it must be {rule}.")
-
-
 class ImageTextDataModule(L.LightningDataModule):
     """Batches of captioned images from WebDataset shards.
 
     Args:
-        shards: tar files: paths, globs and brace patterns, one or a list.
+        shards: tar files: paths, URLs, globs and brace patterns, one or a list; None beside `mixture`.
         image_size: side of the square images in pixels.
         batch_size: images per device and step.
         seed: the run's seed: order and augmentation follow from it.
@@ -64,10 +68,11 @@ class ImageTextDataModule(L.LightningDataModule):
         val_batch_size: images per device and validation step; None is `batch_size`.
         filters: which samples take part, see `ldm_train.data.filters`.
         limit: take only the first samples that the filters keep; None takes all.
-        crop: `center`, or `random`: where the square is cut along the longer side.
+        crop: which part of an image is shown: `center`, `random` (along the longer side), or a crop, see
+            `ldm_train.data.crops`. Validation always takes the centre.
         flip: mirror half of the training images left to right.
         interpolation: `bicubic` or `bilinear`.
-        caption_field: metadata field that holds the caption; None takes the `.txt`.
+        caption: where captions come from, see `ldm_train.data.captions`; None takes the `.txt`.
         label: what says the class of a sample, see `ldm_train.data.labels`; None: batches have no `label`.
         segmentation: where segmentation maps come from, see `ldm_train.data.segmentation`; None: batches have none.
         cache_decoded: keep decoded images in memory, in each loading process; for small data sets.
@@ -77,24 +82,38 @@ class ImageTextDataModule(L.LightningDataModule):
         shuffle_groups: places of the data set that a batch mixes, see `ShuffledOrder`.
         shuffle_window: samples that are permuted together, see `ShuffledOrder`.
         prefetch_factor: batches that each worker prepares ahead.
+        buckets: shapes that images are spread over by their aspect ratio; None: squares.
+        bucket_unit: images of one shape in a row, which the global batch must divide; needs `buckets`.
+        mixture: name -> `shards` and `weight` of data sets that are mixed, see `MixedOrder`.
+        mixture_length: images of an epoch of the mixture; None is all of them.
+        index_dir: folder that keeps indices between runs; None indexes in memory.
+        index_workers: processes that index shards; 0 and 1 use the main one.
+        cache_dir: node-local directory for copies of remote shards, see `ShardCache`; None: under `TMPDIR`.
+        cache_bytes: its size at most.
+        storage_options: what reaches the stores of each protocol, see `RemoteFiles`.
     """
+
+    _restored: dict[str, Any] | None = None
+    _sampler: TrainingSampler | None = None
+    _untrained = Position()
+    _processed_before = -1
 
     def __init__(
         self,
-        shards: str | Sequence[str],
+        shards: Shards | None,
         image_size: int,
         batch_size: int,
         seed: int,
         num_workers: int = 0,
         val_fraction: float = 0.0,
-        val_shards: str | Sequence[str] | None = None,
+        val_shards: Shards | None = None,
         val_batch_size: int | None = None,
         filters: Sequence[Filter] | None = None,
         limit: int | None = None,
-        crop: str = "center",
+        crop: str | Crop = "center",
         flip: bool = False,
         interpolation: str = "bicubic",
-        caption_field: str | None = None,
+        caption: CaptionSource | None = None,
         label: Label | None = None,
         segmentation: SegmentationMember | PixelClassifier | None = None,
         cache_decoded: bool = False,
@@ -104,86 +123,66 @@ class ImageTextDataModule(L.LightningDataModule):
         shuffle_groups: int = 64,
         shuffle_window: int = 8192,
         prefetch_factor: int = 2,
+        buckets: AspectBuckets | None = None,
+        bucket_unit: int = 0,
+        mixture: Mapping[str, Mapping[str, Any]] | None = None,
+        mixture_length: int | None = None,
+        index_dir: str | None = None,
+        index_workers: int = 0,
+        cache_dir: str | None = None,
+        cache_bytes: int = 100 << 30,
+        storage_options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        self.shards, self.val_shards, self.val_fraction = shards, val_shards, val_fraction
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
-        self.seed, self.filters, self.limit, self.cache_decoded = seed, list(filters or ()), limit, cache_decoded
-        self.shuffle_groups, self.shuffle_window = shuffle_groups, shuffle_window
-        self.max_bad_fraction, self.prefetch_factor = max_bad_fraction, prefetch_factor
+        self.batch_size, self.val_batch_size = batch_size, batch_size if val_batch_size is None else val_batch_size
+        self.seed, self.cache_decoded, self.max_bad_fraction = seed, cache_decoded, max_bad_fraction
+        self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
         self.quarantine_dir = None if quarantine_dir is None else Path(quarantine_dir)
-        self.options = ImageOptions(
-            image_size, crop, flip, interpolation, max_pixels, caption_field, label, segmentation
-        )
+        caption, crop = caption or TextCaption(), crop_of(crop)
+        self.options = ImageOptions(image_size, crop, flip, interpolation, max_pixels, caption, label, segmentation)
+        self.shard_cache = ShardCache(cache_dir, cache_bytes, RemoteFiles(storage_options), num_workers)
         self._check_arguments()
-        self._caches: dict[str, dict[int, Sample]] = {_TRAINING: {}, _VALIDATION: {}}
+        which = shards, mixture, mixture_length, val_fraction, val_shards, list(filters or ()), limit
+        extension = segmentation.extension if isinstance(segmentation, SegmentationMember) else None
+        shapes, order = (buckets, bucket_unit, image_size), (shuffle_groups, shuffle_window)
+        self.corpus = Corpus(
+            CorpusOptions(seed, *which, self._required, extension, *shapes, *order, index_dir, index_workers),
+            self.shard_cache,
+        )
+        self._caches: dict[str, dict[tuple[int, Shape], Sample]] = {_TRAINING: {}, _VALIDATION: {}}
         self._quarantines: list[Quarantine] = []
-        self._restored: dict[str, Any] | None = None
-        self._sampler: TrainingSampler | None = None
-        self._untrained = Position()
-        self._processed_before = -1
 
     def _check_arguments(self) -> None:
-        for key in ("batch_size", "val_batch_size", "limit", "shuffle_groups", "shuffle_window", "prefetch_factor"):
+        for key in ("batch_size", "val_batch_size", "prefetch_factor"):
             value = getattr(self, key)
-            _check(value is None or value > 0, key, value, "positive")
+            check(value > 0, key, value, "positive")
         for key in ("image_size", "max_pixels"):
             value = getattr(self.options, key)
-            _check(value > 0, key, value, "positive")
-        _check(self.num_workers >= 0, "num_workers", self.num_workers, "0 (load in the main process) or more")
-        _check(0 <= self.seed < 1 << 64, "seed", self.seed, "from 0 to 2^64 - 1 (it is the root key `seed`)")
-        _check(0.0 <= self.val_fraction < 1.0, "val_fraction", self.val_fraction, "at least 0 and below 1")
-        _check(not (self.val_fraction and self.val_shards), "val_fraction", self.val_fraction, "0 beside `val_shards`")
-        _check(0.0 <= self.max_bad_fraction <= 1.0, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
-        crop, interpolation = self.options.crop, self.options.interpolation
-        _check(crop in CROPS, "crop", crop, f"one of {CROPS}")
-        _check(interpolation in INTERPOLATIONS, "interpolation", interpolation, f"one of {INTERPOLATIONS}")
-        _check(crop == "center" or not self.cache_decoded, "crop", crop, "center beside `cache_decoded`")
+            check(value > 0, key, value, "positive")
+        check(self.num_workers >= 0, "num_workers", self.num_workers, "0 (load in the main process) or more")
+        check(0 <= self.seed < 1 << 64, "seed", self.seed, "from 0 to 2^64 - 1 (it is the root key `seed`)")
+        check(0.0 <= self.max_bad_fraction <= 1.0, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
+        check(self.shard_cache.max_bytes > 0, "cache_bytes", self.shard_cache.max_bytes, "positive")
+        interpolation = self.options.interpolation
+        check(interpolation in INTERPOLATIONS, "interpolation", interpolation, f"one of {INTERPOLATIONS}")
+        is_fixed = crop_of(self.options.crop).draws == 0
+        check(is_fixed or not self.cache_decoded, "crop", "drawn anew in each epoch", "center beside `cache_decoded`")
 
-    @cached_property
-    def _indices(self) -> tuple[ShardIndex, ShardIndex]:
-        index = self._build(self.shards, "data.shards")
-        if self.limit is not None:
-            index = index.select(np.arange(len(index)) < self.limit, f"the first {self.limit}")
-        held_out = np.zeros(len(index), dtype=bool)
-        training = index
-        if self.val_fraction:
-            held_out = index.key_hash("validation") < np.uint64(self.val_fraction * 2**64)
-            training = index.select(~held_out, f"all but {self.val_fraction} by key")
-        if self.val_shards:
-            validation = self._build(self.val_shards, "data.val_shards")
-        else:
-            validation = index.select(held_out, f"{self.val_fraction} by key")
-        if not len(training):
-            raise ValueError(
-                f"no training image is left: {len(index.damage)} damaged, refused {dict(index.refused)}. At least one "
-                "global batch is needed: see `data.shards`, `data.filters` and `data.val_fraction`."
-            )
-        if self.val_fraction and not len(validation):
-            raise ValueError(
-                f"none of {len(index)} images falls into the share {self.val_fraction} for validation. At least one "
-                "must: raise `data.val_fraction`, or set it to 0 to go without validation."
-            )
-        return training, validation
-
-    def _build(self, shards: str | Sequence[str], key: str) -> ShardIndex:
-        required = {IMAGE, CAPTION if self.options.caption_field is None else METADATA}
-        if self.options.label is not None:
-            required.add(METADATA)
-        source = self.options.segmentation
-        extension = source.extension if isinstance(source, SegmentationMember) else None
-        return build_index(expand_shards(shards, key), sorted(required), extension).filtered(self.filters)
+    @property
+    def _required(self) -> tuple[int, ...]:
+        """The kinds of members without which a sample is incomplete."""
+        of_label = set() if self.options.label is None else {METADATA}
+        return tuple(sorted({IMAGE, *self.options.caption.kinds, *of_label}))
 
     @property
     def train_index(self) -> ShardIndex:
         """The training samples."""
-        return self._indices[0]
+        return self.corpus.training.index
 
     @property
     def val_index(self) -> ShardIndex:
         """The validation samples; empty when there are none."""
-        return self._indices[1]
+        return self.corpus.validation.index
 
     @property
     def global_batch_size(self) -> int:
@@ -195,21 +194,19 @@ class ImageTextDataModule(L.LightningDataModule):
         """Images that could not be decoded so far, in this process and its workers."""
         return sum(quarantine.bad for quarantine in self._quarantines)
 
+    def meters(self) -> dict[str, float]:
+        """What this rank's loading has come to so far; the sum over ranks is the run's."""
+        is_remote = any(is_url(path) for path in self.train_index.paths)
+        return running_totals(self._quarantines, [self.shard_cache] if is_remote else [])
+
     def summary(self) -> dict[str, object]:
         """Plain facts for the start-up table."""
-        index = self.train_index
-        return {
-            "training images": len(index),
-            "validation images": len(self.val_index),
-            "shards": len(index.paths),
-            "damage found": len(index.damage),
-            "refused by filters": index.refused.total(),
+        return self.corpus.summary() | {
             "image size": self.options.image_size,
             "batch size per device": self.batch_size,
             "global batch size": self.global_batch_size,
-            "batches per epoch": len(index) // self.global_batch_size,
+            "batches per epoch": len(self.corpus.order) // self.global_batch_size,
             "workers per device": self.num_workers,
-            "fingerprint": index.fingerprint[:12],
         }
 
     @property
@@ -221,7 +218,7 @@ class ImageTextDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Build the index, name what is damaged, and forget the position of an earlier run."""
         self._restored, self._sampler = None, None
-        damage = [*self.train_index.damage, *(self.val_index.damage if self.val_shards else ())]
+        damage = self.corpus.damage
         if damage and self._ranks[0] == 0:
             shown = "; ".join(f"{shard}: {reason}" for shard, reason in damage[:3])
             warnings.warn(f"{len(damage)} damages in the shards were left out, the first being {shown}", stacklevel=2)
@@ -237,19 +234,23 @@ class ImageTextDataModule(L.LightningDataModule):
                 f"`trainer.overfit_batches` is {overfit_batches}; it must be 0, because Lightning would "
                 "replace the order of the data. To train on few images set `data.limit`."
             )
-        order = ShuffledOrder(self.train_index.starts, self.seed, self.shuffle_groups, self.shuffle_window)
-        self._sampler = TrainingSampler(order, self.batch_size, *self._ranks)
+        self._sampler = TrainingSampler(self.corpus.order, self.batch_size, *self._ranks)
+        training = self.corpus.training
+        dataset = self._dataset(training.index, self.options, _TRAINING, shape_of=self.corpus.shape_of(training))
         if self._restored:
             self._restore(self._sampler, self._restored)
         self._untrained, self._processed_before = self._sampler.position, -1
-        return self._loader(self._dataset(self.train_index, self.options, _TRAINING), self._sampler)
+        return self._loader(dataset, self._sampler)
 
     def val_dataloader(self) -> DataLoader[ImageTextBatch] | list[Any]:
         """This rank's validation batches, the same in every epoch; an empty list without validation images."""
         if not len(self.val_index):
             return []
-        sampler = ValidationSampler(len(self.val_index), self.val_batch_size, *self._ranks)
-        return self._loader(self._dataset(self.val_index, self.options.plain(), _VALIDATION), sampler)
+        validation = self.corpus.validation
+        index, buckets = validation.index, validation.buckets
+        sampler = ValidationSampler(len(index), self.val_batch_size, *self._ranks, buckets=buckets)
+        shape_of = self.corpus.shape_of(validation)
+        return self._loader(self._dataset(index, self.options.plain(), _VALIDATION, shape_of=shape_of), sampler)
 
     def reference_batches(self, count: int | None, batch_size: int) -> Iterator[ImageTextBatch]:
         """A fixed subset of the training images without augmentation, in a fixed mixed order.
@@ -260,7 +261,7 @@ class ImageTextDataModule(L.LightningDataModule):
             count: images; None is all of them.
             batch_size: images per batch; the last may be smaller.
         """
-        rows = np.argsort(self.train_index.key_hash("reference"), kind="stable")[:count]
+        rows = self.train_index.ranked("reference", count)
         for begin in range(0, len(rows), batch_size):
             positions = np.arange(begin, min(begin + batch_size, len(rows)))
             yield self._references[BatchRequest(0, rows[positions], positions)]
@@ -270,14 +271,19 @@ class ImageTextDataModule(L.LightningDataModule):
         return self._dataset(self.train_index, self.options.plain(), _TRAINING, num_workers=0)
 
     def _dataset(
-        self, index: ShardIndex, options: ImageOptions, split: str, num_workers: int | None = None
+        self,
+        index: ShardIndex,
+        options: ImageOptions,
+        split: str,
+        num_workers: int | None = None,
+        shape_of: ShapeOfRow | None = None,
     ) -> ImageTextDataset:
         path = None if self.quarantine_dir is None else self.quarantine_dir / f"{split}-rank{self._ranks[0]}"
         workers = self.num_workers if num_workers is None else num_workers
         quarantine = Quarantine(path, self.max_bad_fraction, workers)
         self._quarantines.append(quarantine)
         cache = self._caches[split] if self.cache_decoded else None
-        return ImageTextDataset(index, options, self.seed, quarantine, cache)
+        return ImageTextDataset(index, options, self.seed, quarantine, cache, shape_of)
 
     def _loader(
         self, dataset: ImageTextDataset, sampler: TrainingSampler | ValidationSampler
@@ -314,7 +320,8 @@ class ImageTextDataModule(L.LightningDataModule):
         is_trained = self._batch_progress.total.processed > self._processed_before
         epoch, samples = self._sampler.position if is_trained else self._untrained
         batch = self._sampler.global_batch_size
-        return {**self._identity(), "epoch": epoch, "samples": samples, "global_batch_size": batch}
+        place = {"epoch": epoch, "samples": samples, "global_batch_size": batch}
+        return {**self._identity(), **place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for `train_dataloader`; validation does not need it to fit."""
@@ -322,25 +329,20 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def _identity(self) -> dict[str, Any]:
         """What the meaning of a position depends on."""
-        return {
-            "version": _STATE_VERSION,
-            "fingerprint": self.train_index.fingerprint,
-            "seed": self.seed,
-            "shuffle_groups": self.shuffle_groups,
-            "shuffle_window": self.shuffle_window,
-        }
+        return {"version": _STATE_VERSION, **self.corpus.identity()}
 
     def _restore(self, sampler: TrainingSampler, state: dict[str, Any]) -> None:
+        own = self._identity()
+        keys = [key for key in own | state if key not in _PLACE]
         differences = [
-            f"{key} {state.get(key)!r} -> {value!r}"
-            for key, value in self._identity().items()
-            if state.get(key) != value
+            f"{key} {state.get(key)!r} -> {own.get(key)!r}" for key in keys if state.get(key) != own.get(key)
         ]
         if differences:
             raise ValueError(
                 f"the checkpoint was trained on other data or in another order ({', '.join(differences)}). A resumed "
-                "run must keep `data.shards`, `data.filters`, `data.limit`, `data.val_fraction`, `data.shuffle_*` and "
-                "`seed`; to begin a new run instead set `resume=never` and another `run_id`."
+                "run must keep `data.shards`, `data.filters`, `data.limit`, `data.val_fraction`, `data.shuffle_*`, "
+                "`data.bucket*`, `data.mixture*` and `seed`; to begin a new run instead set `resume=never` and another "
+                "`run_id`."
             )
         # Lightning asks for a loader with a state of its own; ours begins where this state says.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")

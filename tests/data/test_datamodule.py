@@ -75,7 +75,7 @@ def test_resumed_anywhere_equals_uninterrupted(make, tmp_path, hook, workers):
     total = int(EPOCHS * per_epoch)
     options = {"limit_val_batches": 1, "val_check_interval": 2} if hook == "on_validation_end" else {}
     options["num_sanity_val_steps"] = 0
-    make_it = lambda: make(num_workers=workers, val_shards=make().shards)  # noqa: E731
+    make_it = lambda: make(num_workers=workers, val_shards=make().corpus.options.shards)  # noqa: E731
     straight = fit(make_it(), total, callbacks=[SaveAt(tmp_path, hook)], **options)
     saved = sorted(int(path.stem) for path in tmp_path.glob("*.ckpt"))
     assert len(straight) == total
@@ -331,7 +331,7 @@ class RankRecorder(Recorder):
 def test_two_ranks_share_epochs_and_resume_as_one(make, tmp_path):
     def run(folder, steps, resume=None, devices=2):
         (tmp_path / folder).mkdir()
-        datamodule = make(val_shards=make().shards, batch_size=2 // devices)
+        datamodule = make(val_shards=make().corpus.options.shards, batch_size=2 // devices)
         options = {"devices": devices, "strategy": "ddp_fork"} if devices > 1 else {}
         saver = SaveAt(tmp_path / folder, "on_train_batch_end")
         module = RankRecorder(tmp_path / folder)
