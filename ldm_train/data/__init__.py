@@ -5,6 +5,7 @@ from ldm_train.data.dataset import ImageOptions, ImageTextDataset, Quarantine, T
 from ldm_train.data.filters import FieldIn, FieldNotIn, Filter, MinimumSize
 from ldm_train.data.index import Damage, ShardIndex, build_index, expand_shards
 from ldm_train.data.labels import FieldLabel, Label
+from ldm_train.data.latents import LatentCache, LatentTextDataset
 from ldm_train.data.sampler import BatchRequest, Position, ShuffledOrder, TrainingSampler, ValidationSampler
 from ldm_train.data.segmentation import ColourRegions, PixelClassifier, SegmentationMember
 from ldm_train.data.shards import ShardReader, ShardReadError, scan_shard
@@ -21,6 +22,8 @@ __all__ = [
     "ImageTextDataModule",
     "ImageTextDataset",
     "Label",
+    "LatentCache",
+    "LatentTextDataset",
     "MinimumSize",
     "PixelClassifier",
     "Position",

@@ -22,11 +22,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm_train import distributed
-from ldm_train.batch import ImageTextBatch
+from ldm_train.batch import ImageTextBatch, LatentFacts
 from ldm_train.data.dataset import CROPS, INTERPOLATIONS, ImageOptions, ImageTextDataset, Quarantine, Sample
 from ldm_train.data.filters import Filter
 from ldm_train.data.index import CAPTION, IMAGE, METADATA, ShardIndex, build_index, expand_shards
 from ldm_train.data.labels import Label
+from ldm_train.data.latents import LatentCache, LatentTextDataset, reference_index
 from ldm_train.data.sampler import BatchRequest, Position, ShuffledOrder, TrainingSampler, ValidationSampler
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 
@@ -77,6 +78,7 @@ class ImageTextDataModule(L.LightningDataModule):
         shuffle_groups: places of the data set that a batch mixes, see `ShuffledOrder`.
         shuffle_window: samples that are permuted together, see `ShuffledOrder`.
         prefetch_factor: batches that each worker prepares ahead.
+        latents: the shards are cached latents, see `ldm_train.data.latents`; None: they are images.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class ImageTextDataModule(L.LightningDataModule):
         shuffle_groups: int = 64,
         shuffle_window: int = 8192,
         prefetch_factor: int = 2,
+        latents: LatentCache | None = None,
     ) -> None:
         super().__init__()
         self.shards, self.val_shards, self.val_fraction = shards, val_shards, val_fraction
@@ -112,6 +115,7 @@ class ImageTextDataModule(L.LightningDataModule):
         self.seed, self.filters, self.limit, self.cache_decoded = seed, list(filters or ()), limit, cache_decoded
         self.shuffle_groups, self.shuffle_window = shuffle_groups, shuffle_window
         self.max_bad_fraction, self.prefetch_factor = max_bad_fraction, prefetch_factor
+        self.latents = latents
         self.quarantine_dir = None if quarantine_dir is None else Path(quarantine_dir)
         self.options = ImageOptions(
             image_size, crop, flip, interpolation, max_pixels, caption_field, label, segmentation
@@ -143,6 +147,7 @@ class ImageTextDataModule(L.LightningDataModule):
 
     @cached_property
     def _indices(self) -> tuple[ShardIndex, ShardIndex]:
+        _ = self.latent_facts  # refuses a cache that does not fit, before it is indexed
         index = self._build(self.shards, "data.shards")
         if self.limit is not None:
             index = index.select(np.arange(len(index)) < self.limit, f"the first {self.limit}")
@@ -168,12 +173,28 @@ class ImageTextDataModule(L.LightningDataModule):
         return training, validation
 
     def _build(self, shards: str | Sequence[str], key: str) -> ShardIndex:
+        return self._scan(expand_shards(shards, key)).filtered(self.filters)
+
+    def _scan(self, paths: Sequence[str]) -> ShardIndex:
         required = {IMAGE, CAPTION if self.options.caption_field is None else METADATA}
         if self.options.label is not None:
             required.add(METADATA)
         source = self.options.segmentation
         extension = source.extension if isinstance(source, SegmentationMember) else None
-        return build_index(expand_shards(shards, key), sorted(required), extension).filtered(self.filters)
+        return build_index(paths, sorted(required), extension)
+
+    @cached_property
+    def latent_facts(self) -> LatentFacts | None:
+        """What is known of the cached latents that batches hold; None where they hold images."""
+        if self.latents is None:
+            return None
+        facts = self.latents.facts(expand_shards(self.shards), self.options)
+        if self.val_shards:
+            paths = expand_shards(self.val_shards, "data.val_shards")
+            other = self.latents.facts(paths, self.options, "data.val_shards")
+            found = f"cached latents of the encoder {other.encoder[:12]}"
+            _check(other[1:] == facts[1:], "val_shards", found, f"those of {facts.encoder[:12]}, as `data.shards` is")
+        return facts
 
     @property
     def train_index(self) -> ShardIndex:
@@ -267,7 +288,11 @@ class ImageTextDataModule(L.LightningDataModule):
 
     @cached_property
     def _references(self) -> ImageTextDataset:
-        return self._dataset(self.train_index, self.options.plain(), _TRAINING, num_workers=0)
+        if self.latents is None:
+            return self._dataset(self.train_index, self.options.plain(), _TRAINING, num_workers=0)
+        images = self._scan(self.latents.reference_paths(self.train_index.paths))
+        quarantine = Quarantine(None, self.max_bad_fraction, num_workers=0)
+        return ImageTextDataset(reference_index(self.train_index, images), self.options.plain(), self.seed, quarantine)
 
     def _dataset(
         self, index: ShardIndex, options: ImageOptions, split: str, num_workers: int | None = None
@@ -277,7 +302,8 @@ class ImageTextDataModule(L.LightningDataModule):
         quarantine = Quarantine(path, self.max_bad_fraction, workers)
         self._quarantines.append(quarantine)
         cache = self._caches[split] if self.cache_decoded else None
-        return ImageTextDataset(index, options, self.seed, quarantine, cache)
+        kind = ImageTextDataset if self.latents is None else LatentTextDataset
+        return kind(index, options, self.seed, quarantine, cache)
 
     def _loader(
         self, dataset: ImageTextDataset, sampler: TrainingSampler | ValidationSampler

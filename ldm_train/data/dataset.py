@@ -6,7 +6,7 @@ place; the failure is counted and written down, and too many of them end the run
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -162,21 +162,25 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         rows, samples = zip(*(self._sample_or_substitute(epoch, int(row)) for row in wanted), strict=True)
         sample_id = torch.from_numpy(self.index.sample_id[list(rows)])
         flip = self._draws(epoch, sample_id)[:, 1] < 0.5 if self.options.flip else None
-        images = torch.stack([sample.image for sample in samples])
         batch = ImageTextBatch(
-            image=to_signed_unit(images if flip is None else flip_where(images, flip)),
             caption=[sample.caption for sample in samples],
             sample_id=sample_id,
             position=torch.from_numpy(positions),
             epoch=epoch,
             key=[self.index.full_key(row) for row in rows],
         )
+        self._put(batch, samples, flip)
         if self.options.label is not None:
             batch["label"] = torch.tensor([sample.label for sample in samples])
         if self.options.segmentation is not None:
             maps = torch.stack([sample.segmentation for sample in samples]).long()
             batch["segmentation"] = maps if flip is None else flip_where(maps, flip)
         return batch
+
+    def _put(self, batch: ImageTextBatch, samples: Sequence[Sample], flip: Tensor | None) -> None:
+        """Add what was made of the images, mirrored where `flip` (B,) is true."""
+        images = torch.stack([sample.image for sample in samples])
+        batch["image"] = to_signed_unit(images if flip is None else flip_where(images, flip))
 
     def _draws(self, epoch: int, sample_id: Tensor) -> Tensor:
         """(B, 2) uniform numbers: the place of the crop and the flip."""
@@ -204,14 +208,18 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         sample_id = int(self.index.sample_id[row])
         if self.cache is not None and sample_id in self.cache:
             return self.cache[sample_id]
+        sample = self._make(epoch, row)
+        if self.cache is not None:
+            self.cache[sample_id] = sample
+        return sample
+
+    def _make(self, epoch: int, row: int) -> Sample:
+        sample_id = int(self.index.sample_id[row])
         image = decode_rgb(self.index.read(self.reader, row, IMAGE), self.options.max_pixels)
         is_random = self.options.crop == "random"
         place = self._draws(epoch, torch.tensor([sample_id]))[0, 0].item() if is_random else 0.5
         square = resize(crop_square(image, place), self.options.image_size, self.options.interpolation)
-        sample = Sample(square, self._caption(row), self._label(row), self._segmentation(row, image, square, place))
-        if self.cache is not None:
-            self.cache[sample_id] = sample
-        return sample
+        return Sample(square, self._caption(row), self._label(row), self._segmentation(row, image, square, place))
 
     def _label(self, row: int) -> int | None:
         label = self.options.label

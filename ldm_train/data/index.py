@@ -30,6 +30,7 @@ from ldm_train.data.shards import Member, ShardReader, scan_shard
 IMAGE, CAPTION, METADATA, SEGMENTATION = 0, 1, 2, 3
 _KINDS = ("image", "caption (.txt)", "metadata (.json)", "segmentation map")
 _KIND_OF_EXTENSION = {"jpg": IMAGE, "jpeg": IMAGE, "png": IMAGE, "webp": IMAGE, "txt": CAPTION, "json": METADATA}
+_KIND_OF_EXTENSION["latent"] = IMAGE  # what `ldm_train.data.latents` puts in the place of an image
 _ABSENT = (0, -1)
 
 

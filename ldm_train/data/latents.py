@@ -1,0 +1,310 @@
+"""Cached latents: the posterior's moments of every image, encoded once, in shards beside the captions.
+
+    z = mean + exp(log variance / 2) noise,   (mean, log variance) = E(image)
+
+The encoder E is frozen in stage 2, and at 512 pixels it is half of a step's arithmetic. What is kept is what E says
+before anything is drawn, normalised or scaled: every epoch draws anew, and latents may be measured again (calibrated)
+without another cache. A cache has the layout of the shards that it was made of:
+
+    00000.tar            <key>.latent  <key>.txt  <key>.json    names, keys and order are the source's
+    00000_latents.json   what became of that shard
+    manifest.json        of all: the encoder, how images were made, the range of their values, the source
+
+A sample that could not be decoded keeps its place, and its member says why. So a row of the cache is the same row of
+the source: sample ids, order, noise and substitutes of a run are those of a run on the images.
+
+A `.latent` member: a header of 64 bytes, then (V, k C, h, w) little-endian numbers; version 0 is the image as it is,
+version 1 its mirror image. Letters: V versions, C latent channels, k moments per channel, h and w size of the latents.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_train.batch import ImageTextBatch, LatentFacts
+from ldm_train.data.dataset import ImageOptions, ImageTextDataset, Sample
+from ldm_train.data.index import IMAGE, ShardIndex, expand_shards
+
+EXTENSION = "latent"
+MANIFEST = "manifest.json"
+VERSION = 1
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+_MAGIC = b"LATENTS\1"
+_HEADER = struct.Struct("<8s4H8I16x")  # magic; dtype, V, k C, unused; h, w, source size, crop box
+_CODES = {name: code for code, name in enumerate(DTYPES, start=1)}
+_NAMES = {code: name for name, code in _CODES.items()}
+_TOOL = "python tools/cache_latents.py --checkpoint AUTOENCODER --data SHARDS --image-size SIZE --output FOLDER"
+# A bicubic resize of bytes ends in bytes: no value lies outside by more than rounding.
+_TOLERANCE = 1e-3
+
+
+class DamagedSampleError(ValueError):
+    """The image of this sample could not be decoded when the cache was made."""
+
+
+class Cached(NamedTuple):
+    """What a `.latent` member holds.
+
+    Attributes:
+        moments: (V, k C, h, w), of the type they are stored in.
+        source_size: height and width of the upright source image in pixels.
+        box: top, left, height and width of what was cut out of it, in its pixels.
+    """
+
+    moments: Tensor
+    source_size: tuple[int, int]
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class LatentSettings:
+    """What the values in a cache depend on besides the images.
+
+    Attributes:
+        encoder: sha256 of the encoder's weights, see `ldm_train.checkpoint.encoder_digest`.
+        image_size: side of the square images in pixels.
+        factor: f, by which the encoder makes them smaller.
+        latent_channels: C.
+        moments_per_channel: k.
+        dtype: type of the stored numbers, a key of `DTYPES`.
+        precision: type in which the encoder ran.
+        crop: where squares were cut out of the images.
+        flip: whether mirrored images are kept beside the others.
+        interpolation: of the resize.
+    """
+
+    encoder: str
+    image_size: int
+    factor: int
+    latent_channels: int
+    moments_per_channel: int
+    dtype: str
+    precision: str = "float32"
+    crop: str = "center"
+    flip: bool = False
+    interpolation: str = "bicubic"
+
+    def differences(self, other: "LatentSettings") -> list[str]:
+        """`name: ours -> theirs` of every setting that differs."""
+        own, others = asdict(self), asdict(other)
+        return [f"{name}: {value} -> {others[name]}" for name, value in own.items() if others[name] != value]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A cache as a whole.
+
+    Attributes:
+        folder: where it lies.
+        settings: what its values depend on.
+        image_range: least and largest value of the images as they were encoded.
+        source_root: the folder that holds all source shards.
+        shards: name of each shard, relative to the folder -> its bytes.
+    """
+
+    folder: Path
+    settings: LatentSettings
+    image_range: tuple[float, float]
+    source_root: Path
+    shards: Mapping[str, int]
+
+
+def pack(moments: Tensor, source_size: tuple[int, int], box: tuple[int, int, int, int]) -> bytes:
+    """A `.latent` member of moments (V, k C, h, w) on the host; see `Cached` for the rest."""
+    name = str(moments.dtype).removeprefix("torch.")
+    versions, channels, height, width = moments.shape
+    header = _HEADER.pack(_MAGIC, _CODES[name], versions, channels, 0, height, width, *source_size, *box)
+    return header + moments.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def pack_failure(reason: str) -> bytes:
+    """The member of a sample that has no moments, and why."""
+    return _HEADER.pack(_MAGIC, *[0] * 12) + reason.encode()
+
+
+def unpack(data: bytes) -> Cached:
+    """Read a `.latent` member.
+
+    Raises:
+        DamagedSampleError: if it says that there are no moments.
+        ValueError: if it is no such member, or cut.
+    """
+    if len(data) < _HEADER.size or not data.startswith(_MAGIC):
+        raise ValueError(
+            f"{len(data)} bytes that are no cached latents; allowed are `.latent` members; make them by {_TOOL}"
+        )
+    _, code, versions, channels, _, height, width, *place = _HEADER.unpack_from(data)
+    if versions == 0:
+        raise DamagedSampleError(data[_HEADER.size :].decode(errors="replace"))
+    dtype, count = DTYPES[_NAMES[code]], versions * channels * height * width
+    if len(data) != _HEADER.size + count * dtype.itemsize:
+        raise ValueError(f"{len(data)} bytes where {count} numbers of {dtype} belong: the member is cut")
+    values = torch.frombuffer(bytearray(data), dtype=dtype, offset=_HEADER.size)
+    top, left, box_height, box_width = place[2:]
+    return Cached(
+        values.view(versions, channels, height, width), (place[0], place[1]), (top, left, box_height, box_width)
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a cache's manifest.
+
+    Raises:
+        ValueError: if it is of another version, or damaged.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            raise ValueError(f"it has version {content['version']}, this program reads {VERSION}")
+        known = {field.name for field in fields(LatentSettings)}
+        settings = LatentSettings(**{name: value for name, value in content["settings"].items() if name in known})
+        images, shards = content["images"], {shard["name"]: shard["size"] for shard in content["shards"]}
+        return Manifest(folder, settings, (images["min"], images["max"]), Path(content["source"]["root"]), shards)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no manifest of cached latents ({error}); allowed is what the tool writes; make the cache anew "
+            f"by {_TOOL} --overwrite, or change `data.shards`"
+        ) from error
+
+
+def manifest_of(paths: Sequence[str], key: str = "data.shards") -> Manifest:
+    """The manifest of the cache that shards belong to: in their folder, or the nearest one above it that has one.
+
+    Args:
+        paths: shards, see `expand_shards`.
+        key: the config key that names them, for errors.
+
+    Raises:
+        ValueError: if there is none, the shards are of several caches, or one is not as the manifest says.
+    """
+    start = Path(os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths]))
+    folder = next((folder for folder in (start, *start.parents) if (folder / MANIFEST).is_file()), None)
+    if folder is None:
+        raise ValueError(
+            f"there is no {MANIFEST} in {start}; allowed are the shards of one finished cache; change `{key}`, finish "
+            f"the cache by the tool's --merge, or make one: {_TOOL}"
+        )
+    manifest = read_manifest(folder)
+    for path in paths:
+        name, size = os.path.relpath(path, folder), os.path.getsize(path)
+        if manifest.shards.get(name) != size:
+            raise ValueError(
+                f"{path} has {size} bytes, its cache's {MANIFEST} says {manifest.shards.get(name, 'nothing of it')}; "
+                f"allowed are shards as the tool left them; run it again with --overwrite, or change `{key}`"
+            )
+    return manifest
+
+
+class LatentCache:
+    """Says that `data.shards` are cached latents, which batches then hold as `moments` instead of an `image`.
+
+    Args:
+        reference_shards: the images themselves, for what compares with real ones (samples, Frechet distances); None
+            takes those the cache was made of.
+    """
+
+    def __init__(self, reference_shards: str | Sequence[str] | None = None) -> None:
+        self.reference_shards = reference_shards
+
+    def facts(self, paths: Sequence[str], options: ImageOptions, key: str = "data.shards") -> LatentFacts:
+        """What a stage has to know of the cache that shards belong to.
+
+        Args:
+            paths: its shards.
+            options: how the run wants its images.
+            key: the config key of the shards.
+
+        Raises:
+            ValueError: if the cache was not made like that, or of images that were not in [-1, 1].
+        """
+        manifest = manifest_of(paths, key)
+        settings, (low, high) = manifest.settings, manifest.image_range
+        if low < -1.0 - _TOLERANCE or high > 1.0 + _TOLERANCE:
+            raise ValueError(
+                f"the images of {manifest.folder} had values from {low:g} to {high:g} when they were encoded; allowed "
+                f"is [-1, 1], which the autoencoder was trained on; make the cache anew: {_TOOL} --overwrite"
+            )
+        _check(options.segmentation is None, "segmentation", "a source of maps", "null: latents have no pixels")
+        _check(options.image_size == settings.image_size, "image_size", options.image_size, settings.image_size)
+        _check(options.crop == settings.crop, "crop", options.crop, settings.crop)
+        _check(settings.flip or not options.flip, "flip", options.flip, "false: the cache was made without --flip")
+        interpolation = options.interpolation
+        _check(interpolation == settings.interpolation, "interpolation", interpolation, settings.interpolation)
+        return LatentFacts(
+            str(manifest.folder),
+            settings.encoder,
+            settings.factor,
+            settings.latent_channels,
+            settings.moments_per_channel,
+        )
+
+    def reference_paths(self, paths: Sequence[str]) -> tuple[str, ...]:
+        """The shards with the images that cached ones were made of, in the same order.
+
+        Raises:
+            FileNotFoundError: if they are not there any more, and no others are named.
+        """
+        if self.reference_shards is not None:
+            return expand_shards(self.reference_shards, "data.latents.reference_shards")
+        manifest = manifest_of(paths)
+        sources = [str(manifest.source_root / os.path.relpath(path, manifest.folder)) for path in paths]
+        missing = [path for path in sources if not os.path.isfile(path)]
+        if missing:
+            raise FileNotFoundError(
+                f"real images are asked for, and {missing[0]}, which the cache in {manifest.folder} was made of, "
+                "is not there; allowed are the same shards elsewhere; set `data.latents.reference_shards` to them, or "
+                "do without by `callbacks.samples=null`"
+            )
+        return tuple(sources)
+
+
+def _check(is_allowed: bool, key: str, found: object, allowed: object) -> None:
+    if not is_allowed:
+        raise ValueError(
+            f"`data.{key}` is {found} with cached latents; allowed is {allowed}, as the cache was made; change "
+            f"`data.{key}`, or make another cache: {_TOOL}"
+        )
+
+
+def reference_index(cached: ShardIndex, images: ShardIndex) -> ShardIndex:
+    """The rows of the images that are those of the cached latents, in the same order.
+
+    Args:
+        cached: rows of a cache, after any selection.
+        images: all rows of the shards with the images.
+
+    Raises:
+        ValueError: if they are not the same samples.
+    """
+    found = images.select(np.isin(images.sample_id, cached.sample_id), "the cached ones")
+    if not np.array_equal(found.key_hash("reference"), cached.key_hash("reference")):
+        raise ValueError(
+            f"the {len(found)} real images are not the {len(cached)} samples of the cache; allowed are the shards it "
+            "was made of, in the same order; change `data.latents.reference_shards`"
+        )
+    return found
+
+
+class LatentTextDataset(ImageTextDataset):
+    """Batches of an index of cached latents: as of images, but `moments` takes the place of `image`.
+
+    Arguments as in `ImageTextDataset`. What a sample keeps as its image are the moments (V, k C, h, w).
+    """
+
+    def _make(self, epoch: int, row: int) -> Sample:
+        moments = unpack(self.index.read(self.reader, row, IMAGE)).moments
+        return Sample(moments, self._caption(row), self._label(row), None)
+
+    def _put(self, batch: ImageTextBatch, samples: Sequence[Sample], flip: Tensor | None) -> None:
+        versions = [0] * len(samples) if flip is None else flip.int().tolist()
+        batch["moments"] = torch.stack([sample.image[v] for sample, v in zip(samples, versions, strict=True)])
