@@ -23,10 +23,12 @@ from tests.stages.toy import latent_diffusion
 SIZE = 16
 
 
-def autoencoder(shift=0.0):
+def autoencoder(is_other=False, scale=1.0):
     model = random_autoencoder(SMALL)
     with torch.no_grad():
-        model.encoder.conv_in.weight += shift
+        if is_other:
+            model.encoder.conv_in.weight.copy_(model.encoder.conv_in.weight.flip(0))
+        model.to_moments.weight *= scale
     model.calibrate(torch.zeros(4), torch.ones(4))
     return model
 
@@ -71,9 +73,7 @@ class Losses(L.Callback):
 
 
 def losses(shards, steps=9, resume=None, folder=None, flip=False, latents=None):
-    data = ImageTextDataModule(
-        str(shards), SIZE, 3, seed=5, flip=flip, val_fraction=0.1, max_bad_fraction=1.0, latents=latents
-    )
+    data = ImageTextDataModule(str(shards), SIZE, 3, seed=5, flip=flip, max_bad_fraction=1.0, latents=latents)
     stage = latent_diffusion(autoencoder=autoencoder(), **({} if latents is None else {"moments": CachedMoments()}))
     stage.check_data(data.latent_facts)
     watch = Losses(folder)
@@ -195,18 +195,19 @@ def test_verify_names_what_was_wrong_with_the_images(source, tmp_path, capsys, m
 
 def test_verify_names_another_autoencoder(source, tmp_path, capsys):
     assert run(source, tmp_path / "out") == 0
-    other = checkpoint(tmp_path / "other.ckpt", shift=0.3)
+    other = checkpoint(tmp_path / "other.ckpt", is_other=True)
     assert run(source, tmp_path / "out", "--verify", 6, model=other) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "the cache differs: setting encoder" in said
     assert "of another autoencoder" in said
 
 
-def test_moments_too_large_for_their_type_are_refused(source, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(latent_encoding, "to_signed_unit", lambda images: images.float() * 1e9)
-    assert run(source, tmp_path / "out") == 2
+def test_moments_too_large_for_their_type_are_refused(source, tmp_path, capsys):
+    model = checkpoint(tmp_path / "large.ckpt", scale=1e7)
+    assert run(source, tmp_path / "out", model=model) == 2
     assert "change --dtype to bfloat16 or float32" in " ".join(capsys.readouterr().err.split())
     assert not list((tmp_path / "out").glob("*.tar"))
+    assert run(source, tmp_path / "out", "--dtype", "float32", model=model) == 0
 
 
 @pytest.mark.parametrize(
