@@ -124,10 +124,8 @@ def cache_latents(arguments: argparse.Namespace, console: Console) -> int:
     autoencoder = loaded.autoencoder.to(arguments.device).eval()
     settings = settings_of(arguments, autoencoder)
     description = {"autoencoder": {"source": str(arguments.checkpoint.absolute()), "config": loaded.node}}
-    writer, encoder = (
-        LatentCacheWriter(arguments.output, paths, settings, description),
-        MomentsEncoder(autoencoder, settings),
-    )
+    writer = LatentCacheWriter(arguments.output, paths, settings, description)
+    encoder = MomentsEncoder(autoencoder, settings)
     if arguments.verify and not arguments.overwrite and (arguments.output / MANIFEST).is_file():
         return verify(arguments.output, paths, encoder, arguments.verify, console)
     own = list(zip(paths, writer.names, strict=True))[arguments.task_index :: arguments.num_tasks]
