@@ -24,6 +24,7 @@ SIZE = 16
 
 
 def autoencoder(is_other=False, scale=1.0):
+    torch.manual_seed(0)
     model = random_autoencoder(SMALL)
     with torch.no_grad():
         if is_other:
@@ -83,7 +84,7 @@ def losses(shards, steps=9, resume=None, folder=None, flip=False, latents=None):
     return watch.found
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-3)])
 def test_training_from_the_cache_is_training_from_the_images(source, tmp_path, dtype, tolerance):
     """The same samples, noise and substitutes, over two epochs, mirrored images and a damaged one included."""
     assert run(source, tmp_path / "latents", "--dtype", dtype, "--flip") == 0
