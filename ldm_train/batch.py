@@ -16,12 +16,17 @@ class ImageTextBatch(TypedDict):
         moments: (B, k C, h, w) the posterior's moments of the images as the encoder gives them, k for each of C latent
             channels; there if the data are cached latents.
         caption: B strings; an empty string is a valid caption.
-        sample_id: (B,) int64, the sample's number in the data set's index. Together with the run's seed and the epoch
-            it keys every random draw made for the sample, see `ldm_train.randomness`.
+        sample_id: (B,) int64, the sample's number in the data set's index, and above its lowest 40 bits the number of
+            the visit where a mixture shows a sample more than once in an epoch. Together with the run's seed and the
+            epoch it keys every random draw made for the sample, see `ldm_train.randomness.visit_id`.
         position: (B,) int64, the sample's place in the order of its epoch, over all processes: the samples of one step
             have consecutive places, whichever process trains them.
         epoch: the epoch the batch belongs to, a plain int; 0 in validation, so that validation noise never changes.
         key: B strings, `<shard>/<__key__>`, to name a sample to a person.
+        original_size: (B, 2) int64 height and width of the image as it was found, upright, before anything was cut off
+            or resized; there in training and validation.
+        crop: (B, 2) int64 pixels cut off above and to the left of what is shown, counted in the resized image, and
+            after a mirroring on the side that is left then (Podell et al. 2023, section 2.2); there likewise.
         label: (B,) int64 class of each image; there if `data.label` asks for it.
         segmentation: (B, H, W) int64 class of each pixel; there if `data.segmentation` asks for it.
         hole: (B, 1, H, W) float32, 1 where a person wants something new in an image and 0 where it must stay; there if
@@ -35,6 +40,8 @@ class ImageTextBatch(TypedDict):
     position: Tensor
     epoch: int
     key: list[str]
+    original_size: NotRequired[Tensor]
+    crop: NotRequired[Tensor]
     label: NotRequired[Tensor]
     segmentation: NotRequired[Tensor]
     hole: NotRequired[Tensor]

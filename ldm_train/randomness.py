@@ -41,6 +41,8 @@ class Stream(IntEnum):
     INPUT_PERTURBATION = 10
     CONDITION_NOISE = 11
     BOUND = 12
+    DROPOUT = 13
+    CAPTION = 14
 
 
 class SampleKeys(NamedTuple):
@@ -58,6 +60,18 @@ class SampleKeys(NamedTuple):
     epoch: int
     sample_id: Tensor
     position: Tensor
+
+
+def visit_id(sample_id: Tensor, visits: Tensor) -> Tensor:
+    """Sample ids that tell visits within an epoch apart: the visit's number above the lowest 40 bits, (B,) int64.
+
+    Visit 0 keeps the sample's own id, so that nothing changes where no sample comes twice in an epoch.
+
+    Args:
+        sample_id: (B,) int64 below 2^40.
+        visits: (B,) int64; equal for equal low 23 bits.
+    """
+    return sample_id + ((visits & 0x7FFFFF) << 40)
 
 
 def _multiply_wide(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

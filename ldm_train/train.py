@@ -4,12 +4,14 @@ import ctypes
 import logging
 import os
 import platform
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -46,6 +48,7 @@ def train(cfg: DictConfig) -> float | None:
     check(cfg)
     _make_checkpoints_absolute(cfg)
     _refuse_sweep_of_subprocesses(cfg)
+    _refuse_half_weights(cfg)
     _hush_lightning()
     _keep_heap()
     run_dir = Path(cfg.paths.run_dir)
@@ -98,6 +101,7 @@ def resume_path(resume: str, run_dir: Path) -> Path | None:
     return None
 
 
+_PRECISIONS = ("32-true", "32", "bf16-mixed", "16-mixed")
 _CHECKPOINTS = (
     "stage.autoencoder.checkpoint",
     "stage.denoiser.network.checkpoint",
@@ -143,7 +147,21 @@ def _refusals() -> Iterator[None]:
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
 
 
+@contextmanager
+def _refusals_before(step: int, trainer: L.Trainer) -> Iterator[None]:
+    """The same for what is refused while Lightning runs: by a line of this package, before a step after `step`."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        is_ours = Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+        if trainer.global_step > step or not is_ours or isinstance(error, ConfigError):
+            raise
+        raise ConfigError(str(error)) from error
+
+
 def _fit(run: Run, checkpoint: Path | None, config: dict[str, Any]) -> None:
+    step = 0
     if checkpoint is not None:
         with _refusals():
             content = read_checkpoint(checkpoint)
@@ -154,7 +172,8 @@ def _fit(run: Run, checkpoint: Path | None, config: dict[str, Any]) -> None:
         _log.info("Resuming from step %d of %s", step, checkpoint)
         if step >= run.trainer.max_steps >= 0:
             _log.info("This run has all of its %d steps already; more need a larger `trainer.max_steps`", step)
-    run.trainer.fit(run.stage, datamodule=run.data, ckpt_path=checkpoint, weights_only=True)
+    with _refusals_before(step, run.trainer):
+        run.trainer.fit(run.stage, datamodule=run.data, ckpt_path=checkpoint, weights_only=True)
 
 
 def _validate(run: Run, checkpoint: Path) -> None:
@@ -164,7 +183,8 @@ def _validate(run: Run, checkpoint: Path) -> None:
     for callback in run.trainer.callbacks:  # type: ignore[attr-defined]
         callback.on_load_checkpoint(run.trainer, run.stage, content)
     _log.info("Validating the weights of step %d of %s", content["global_step"], checkpoint)
-    run.trainer.validate(run.stage, datamodule=run.data)
+    with _refusals_before(content["global_step"], run.trainer):
+        run.trainer.validate(run.stage, datamodule=run.data)
 
 
 def _make_checkpoints_absolute(cfg: DictConfig) -> None:
@@ -187,6 +207,16 @@ def _refuse_sweep_of_subprocesses(cfg: DictConfig) -> None:
             f"a multirun with trainer.devices={devices}: each process that Lightning starts would run the whole sweep; "
             "allowed are trainer.devices=1, `torchrun --nproc-per-node N -m ldm_train ...` without -m, or a sweep "
             "submitted to SLURM; change `trainer.devices`"
+        )
+
+
+def _refuse_half_weights(cfg: DictConfig) -> None:
+    """Weights of half precision would lose small updates, and the noise schedule its last digits."""
+    precision = str(OmegaConf.select(cfg, "trainer.precision", default="32-true"))
+    if precision not in _PRECISIONS:
+        raise ConfigError(
+            f"trainer.precision is {precision!r}; allowed are {', '.join(_PRECISIONS)}: weights stay in float32, and "
+            "bf16-mixed computes in bfloat16; change `trainer.precision`"
         )
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm_train.randomness import Stream, normal, philox, random_words, uniform
+from ldm_train.randomness import Stream, normal, philox, random_words, uniform, visit_id
 
 FULL = 0xFFFFFFFF
 
@@ -39,6 +39,15 @@ def test_different_samples_epochs_seeds_and_streams_draw_differently():
     draws = [random_words(s, e, torch.tensor([i]), stream, 64) for s, e, i, stream in (base, *others)]
     shared = [(a == b).sum().item() for n, a in enumerate(draws) for b in draws[n + 1 :]]
     assert max(shared) == 0
+
+
+def test_visits_of_a_sample_draw_differently_and_the_first_as_ever():
+    ids = torch.tensor([0, 7, 2**40 - 1])
+    assert torch.equal(visit_id(ids, torch.zeros(3, dtype=torch.int64)), ids)
+    keys = torch.cat([visit_id(ids, torch.full((3,), visit)) for visit in (0, 1, 2, 2**23 - 1)])
+    words = random_words(0, 0, keys, Stream.NOISE, 8)
+    assert keys.min() >= 0
+    assert len(keys.unique()) == len(words.unique(dim=0)) == 12
 
 
 def test_the_first_words_do_not_depend_on_how_many_are_drawn():

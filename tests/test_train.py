@@ -46,7 +46,7 @@ def test_it_works_from_any_directory(tmp_path):
     ("override", "expected"),
     [
         ("unet.chanels=3", "ldm_train: `unet.chanels` is unknown to ldm_train.nn.UNet (did you mean `unet.channels`?)"),
-        ("unet=huge", "Available options in 'unet':\n\tsd1\n\ttiny"),
+        ("unet=huge", "Available options in 'unet':\n\tldm_churches\n\tldm_faces\n"),
         ("task=sample", "task is 'sample'; allowed are fit and validate; change `task`"),
     ],
 )

@@ -2,6 +2,7 @@
 
     python tools/benchmark.py unet --unet sd1 --latents 64 --batch 8
     python tools/benchmark.py unet --unet sd1 --set channels=64 --latents 32 --batch 2 --device cpu --without bfloat16
+    python tools/benchmark.py data --shards benchmark_shards/
 
 `unet` times a training step, forward and backward, of an option of `conf/unet`. Optimisations are switched on one by
 one, each beside diffusers' U-Net of the same shape as its users get it: float32, contiguous, eager, fused attention.
@@ -16,6 +17,14 @@ The two take turns step by step, so that whatever slows the machine down slows b
 - GiB: the most memory that was held during a step, weights and gradients included, without the other network's.
 
 On one CPU thread the clock is the processor's own, because other programs may have their turn as well.
+
+`data` times loading on one core: JPEG files of 300 to 900 pixels, made for it, to (3, 256, 256) float32 in [-1, 1],
+shuffled, from shards in the page cache; then the same from shards that `make_shards.py --resize 256` made of them.
+Figures are medians over rounds; a round is one epoch of each contender, who take turns batch by batch.
+
+- webdataset + PIL: `WebDataset(...).shuffle(...).decode("pil")`, torchvision's transforms of PIL images, `batched`.
+- ldm_train: the loader of the trainings, without workers.
+- the limit: torchvision's decoder and torch's resize of files in memory, and nothing else.
 """
 
 import argparse
@@ -23,8 +32,10 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from benchmark_data import DataRow, benchmark_data
 from benchmark_unet import OPTIMISATIONS, Row, benchmark_unet
 from rich.console import Console
 from rich.table import Table
@@ -52,6 +63,30 @@ def table(rows: list[Row], facts: dict[str, object]) -> Table:
     return shown
 
 
+def data_table(rows: list[DataRow], facts: dict[str, object]) -> Table:
+    """The rows of `data` for people."""
+    size = facts["image_size"]
+    title = f"{facts['images']} JPEG files to (3, {size}, {size}), one core, page cache warm"
+    shown = Table(title=title)
+    for column in ("shards", "loaded by"):
+        shown.add_column(column, no_wrap=True)
+    for column in ("images/s", "ms an image", "of PIL's", "of the limit"):
+        shown.add_column(column, justify="right")
+    for above, row in zip([None, *rows], rows, strict=False):
+        is_first = above is None or above.shards != row.shards
+        if is_first and above is not None:
+            shown.add_section()
+        shown.add_row(
+            row.shards if is_first else "",
+            row.name,
+            f"{row.images_per_second:.1f}",
+            f"{row.milliseconds_per_image:.2f}",
+            f"{row.of_plain:.2f}x",
+            f"{row.of_limit:.1%}",
+        )
+    return shown
+
+
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -63,10 +98,8 @@ def positive(text: str) -> int:
     return number
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+def add_unet(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The options of `unet`."""
     add = commands.add_parser(
         "unet", help="training steps of a U-Net", description="See --help of the tool."
     ).add_argument
@@ -87,10 +120,46 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, help="a JSON file for the figures")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--device", choices=devices, default=devices[0], help="what this machine has (default: %(default)s)")
+
+
+def add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The options of `data`."""
+    add = commands.add_parser(
+        "data", help="loading images from shards", description="See --help of the tool."
+    ).add_argument
+    add("--shards", type=Path, help="a folder that keeps the shards for the next time (default: a temporary one)")
+    add("--images", type=positive, default=512, help="how many, a multiple of --batch (default: %(default)s)")
+    add("--image-size", type=positive, default=256, help="side of the squares in pixels (default: %(default)s)")
+    add("--batch", type=positive, default=32, help="images a batch (default: %(default)s)")
+    add("--rounds", type=positive, default=5, help="timed epochs of each contender (default: %(default)s)")
+    add("--output", type=Path, help="a JSON file for the figures")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_unet(commands)
+    add_data(commands)
     arguments = parser.parse_args(argv)
-    if arguments.warmup_s is None:
+    if arguments.command == "unet" and arguments.warmup_s is None:
         arguments.warmup_s = GPU_WARMUP_S if arguments.device == "cuda" else 0.0
     return arguments
+
+
+def measure(arguments: argparse.Namespace, console: Console) -> tuple[Table, dict[str, object]]:
+    """Run the command; the table for people, and everything for JSON.
+
+    Raises:
+        ValueError: if something cannot be measured.
+    """
+    if arguments.command == "unet":
+        steps, facts = benchmark_unet(arguments, console)
+        return table(steps, facts), {**facts, "rows": [asdict(row) for row in steps]}
+    with TemporaryDirectory() as folder:
+        arguments.shards = arguments.shards or Path(folder)
+        rows, facts = benchmark_data(arguments, console)
+    return data_table(rows, facts), {**facts, "rows": [asdict(row) for row in rows]}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,14 +167,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     console = Console(stderr=True)
     try:
-        rows, facts = benchmark_unet(arguments, console)
+        shown, found = measure(arguments, console)
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
-    Console().print(table(rows, facts))
+    Console().print(shown)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        arguments.output.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 

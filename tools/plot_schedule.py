@@ -26,7 +26,7 @@ from torch import Tensor
 from ldm_train.batch import ImageTextBatch
 from ldm_train.callbacks.drawing import Tile, labelled_rows
 from ldm_train.config import conf_dir, load_run, register
-from ldm_train.data.transforms import crop_square, decode_rgb, resize
+from ldm_train.data.transforms import center_square, decode_rgb
 from ldm_train.diffusion import NoiseSchedule, SamplerState, add_noise
 from ldm_train.metrics import to_uint8
 from ldm_train.randomness import Stream, normal
@@ -127,7 +127,7 @@ def read_image(path: Path | None, size: int) -> Tensor:
         pixels = decode_rgb(path.read_bytes(), max_pixels=1 << 28)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); allowed is a picture; change --image") from error
-    return resize(crop_square(pixels), size).float() / 127.5 - 1.0
+    return center_square(pixels, size).float() / 127.5 - 1.0
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

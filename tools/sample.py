@@ -6,6 +6,7 @@
     python tools/sample.py --checkpoint ... --prompt "..." --sampler dpm_solver --steps 15 --negative "a face"
     python tools/sample.py --checkpoint ... --prompt "..." --image photo.png --strength 0.6
     python tools/sample.py --checkpoint ... --prompt "..." --image photo.png --mask hole.png
+    python tools/sample.py --checkpoint ... --label 3 --label 7 --per-prompt 8
 
 The checkpoint is one of stage 2 or of a LoRA run; averaged weights are taken where it has them. Image i is made from
 the seed `--seed` + i, whatever the batch. Each is a PNG that says in its text fields how it was made; `grid.png` shows
@@ -13,6 +14,7 @@ the first 64 with their prompts.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,9 +31,16 @@ from torch import Tensor
 from ldm_train.batch import ImageTextBatch
 from ldm_train.callbacks.drawing import Tile, captioned_grid
 from ldm_train.checkpoint import digest
-from ldm_train.conditioning import Conditioner, TextConditioner
+from ldm_train.conditioning import (
+    Conditioner,
+    DegradedImageConditioner,
+    LabelConditioner,
+    MaskConditioner,
+    SemanticMapConditioner,
+    TextConditioner,
+)
 from ldm_train.config import load_run
-from ldm_train.data.transforms import crop_square, decode_rgb, resize
+from ldm_train.data.transforms import center_square, decode_rgb
 from ldm_train.diffusion import (
     ClassifierFreeGuidance,
     DDIMSampler,
@@ -58,10 +67,16 @@ SAMPLERS: dict[str, type[Sampler]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """One image to make."""
+    """One image to make: of a prompt, and of a class where there are classes."""
 
     prompt: str
     seed: int
+    label: int | None = None
+
+    @property
+    def caption(self) -> str:
+        """What the image is of, for people."""
+        return self.prompt if self.label is None else f"class {self.label} {self.prompt}".strip()
 
 
 def load_stage(checkpoint: Path) -> tuple[LatentDiffusion, int]:
@@ -140,6 +155,24 @@ def scale_lora(stage: LatentDiffusion, scale: float) -> None:
         layer.alpha *= scale
 
 
+def check_conditions(conditioner: Conditioner, arguments: argparse.Namespace) -> None:
+    """Raises ValueError if the model is conditioned on what was not given, or not on what was."""
+    kinds = {type(part) for part in conditioner.modules()}
+    if SemanticMapConditioner in kinds:
+        raise ValueError(
+            "the model is conditioned on semantic maps, which this tool does not take; allowed are the other kinds; "
+            "see the run's own samples (`task=validate` makes new ones)"
+        )
+    if (LabelConditioner in kinds) != bool(arguments.label):
+        found = "no class is given to a class-conditional model" if not arguments.label else "the model takes no class"
+        raise ValueError(f"{found}; allowed is --label with models that were trained on classes; change --label")
+    if {DegradedImageConditioner, MaskConditioner} & kinds and arguments.image is None:
+        raise ValueError(
+            "the model is conditioned on an image; allowed is one to degrade or to fill; give --image, with "
+            "--strength 1 or --mask"
+        )
+
+
 def refuse_if_cut(conditioner: Conditioner, prompt: str) -> None:
     """Raises ValueError if a text encoder would not see the whole prompt."""
     for part in conditioner.modules():
@@ -165,7 +198,7 @@ def read_square(path: Path, size: int, option: str) -> Tensor:
         pixels = decode_rgb(path.read_bytes(), max_pixels=1 << 28)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); allowed is a picture; change {option}") from error
-    return resize(crop_square(pixels), size).float() / 127.5 - 1.0
+    return center_square(pixels, size).float() / 127.5 - 1.0
 
 
 def original(arguments: argparse.Namespace, size: int) -> Original | None:
@@ -205,6 +238,8 @@ def generate(
             epoch=0,
             key=[f"seed {request.seed}" for request in part],
         )
+        if part[0].label is not None:
+            batch["label"] = torch.tensor([request.label for request in part], device=stage.device)
         away = None if negative is None else batch | {"caption": [negative] * len(part)}
         yield from to_uint8(stage.generate(batch, seeds, away, repeated(start, len(part), stage.device))).cpu()
 
@@ -237,6 +272,7 @@ def sample(arguments: argparse.Namespace, console: Console) -> None:
     """
     prompts = [*arguments.prompt, *read_prompts(arguments.prompts_file)]
     stage, size = load_stage(arguments.checkpoint)
+    check_conditions(stage.conditioner, arguments)
     set_sampling(stage, arguments)
     start = original(arguments, size)
     if arguments.lora is not None:
@@ -245,8 +281,8 @@ def sample(arguments: argparse.Namespace, console: Console) -> None:
     for prompt in [*prompts, *([] if arguments.negative is None else [arguments.negative])]:
         refuse_if_cut(stage.conditioner, prompt)
     stage = stage.to(arguments.device).eval()
-    wanted = [prompt for prompt in prompts for _ in range(arguments.per_prompt)]
-    requests = [Request(prompt, arguments.seed + i) for i, prompt in enumerate(wanted)]
+    wanted = list(itertools.product(prompts or [""], arguments.label or [None], range(arguments.per_prompt)))
+    requests = [Request(prompt, arguments.seed + i, label) for i, (prompt, label, _) in enumerate(wanted)]
     shared = settings_of(stage, arguments, start)
     if any(lora_layers(stage.denoiser.network)):
         shared |= {"lora": arguments.lora or "in the checkpoint", "lora_scale": arguments.lora_scale}
@@ -254,9 +290,9 @@ def sample(arguments: argparse.Namespace, console: Console) -> None:
     tiles = []
     images = generate(stage, size, requests, arguments.batch, arguments.negative, start)
     for i, image in enumerate(track(images, "images", len(requests), console=console)):
-        settings = {"prompt": requests[i].prompt, "seed": requests[i].seed, **shared}
+        settings = {"prompt": requests[i].caption, "seed": requests[i].seed, **shared}
         save_image(image, arguments.output / f"{i:05d}.png", settings)
-        tiles += [Tile(image, requests[i].prompt)] if i < SHOWN else []
+        tiles += [Tile(image, requests[i].caption)] if i < SHOWN else []
     title = ", ".join(f"{name} {value}" for name, value in shared.items())
     captioned_grid(tiles, title, columns=min(8, len(tiles))).save(arguments.output / "grid.png")
 
@@ -314,6 +350,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, required=True, help="of stage 2 or of a LoRA run")
     add("--prompt", action="append", default=[], help="what the picture shows; may be repeated")
     add("--prompts-file", type=Path, help="a text file with one prompt a line")
+    add("--label", type=int, action="append", default=[], help="a class, where the model takes one; may be repeated")
     add("--lora", type=Path, help="adapters of a LoRA run (.safetensors)")
     add("--lora-scale", type=float, default=1.0, help="how much of them: 0 none, 1 as trained (default: %(default)s)")
     add("--steps", type=positive, help="denoising steps (default: as in the run's config)")
@@ -331,8 +368,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--device", choices=devices, default=devices[0], help="what this machine has (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if not arguments.prompt and arguments.prompts_file is None:
-        parser.error("no prompt; allowed are any number of them; give --prompt or --prompts-file")
+    if not arguments.prompt and not arguments.label and arguments.prompts_file is None:
+        parser.error("no prompt; allowed are any number of them; give --prompt, --prompts-file or --label")
     if arguments.output is None:
         arguments.output = arguments.checkpoint.absolute().parents[1] / "generated"
     return arguments

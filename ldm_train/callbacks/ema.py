@@ -27,11 +27,16 @@ class EMACallback(L.Callback):
         decay: the average's decay per optimizer step; null with `half_life_images`.
         half_life_images: the images after which old weights count half; null with `decay`. Both null: no average.
         device: `cpu` keeps the averages on the host, which spares a GPU's memory; null keeps them beside the weights.
+
+    Raises:
+        ValueError: see `ExponentialMovingAverage.check`.
     """
 
     def __init__(
         self, decay: float | None = 0.9999, half_life_images: float | None = None, device: str | None = None
     ) -> None:
+        if decay is not None or half_life_images is not None:
+            ExponentialMovingAverage.check(decay, half_life_images, device)
         self.decay, self.half_life_images, self.device = decay, half_life_images, device
         self.average: ExponentialMovingAverage | None = None
         self._loaded: Mapping[str, Any] | None = None

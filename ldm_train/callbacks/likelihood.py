@@ -26,7 +26,6 @@ from ldm_train.callbacks.progress import subtask
 from ldm_train.callbacks.tracking import log_metrics
 from ldm_train.diffusion import Bound, variational_bound
 from ldm_train.diffusion.likelihood import strata
-from ldm_train.nn import Pixels
 from ldm_train.stages import LatentDiffusion
 
 _PARTS = ("total", "prior", "steps", "decoder")
@@ -120,7 +119,7 @@ class LikelihoodEvaluation(L.Callback):
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Measures and logs; every rank must call it."""
         assert isinstance(pl_module, LatentDiffusion)
-        of_pixels = isinstance(pl_module.autoencoder, Pixels)
+        of_pixels = pl_module.likelihood_decoder == "discrete"
         mean = MeanBound(pl_module.denoiser.schedule.num_steps).to(pl_module.device)
         count = self._count(trainer)
         with evaluation_weights(trainer, pl_module), subtask(trainer, "likelihoods bounded", count) as advance:
@@ -149,7 +148,7 @@ class LikelihoodEvaluation(L.Callback):
             pl_module.latents(batch),
             pl_module.condition(batch),
             pl_module.keys(batch),
-            decoder="discrete" if of_pixels else "gaussian",
+            decoder=pl_module.likelihood_decoder,
             num_times=self.num_times,
             clip_x_0=1.0 if of_pixels else None,
         )

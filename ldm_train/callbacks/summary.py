@@ -18,6 +18,7 @@ _PLACES = {
     "checkpoint": "checkpoints/last.ckpt",
     "figures": "metrics.csv",
 }
+_BAD, _CACHE = "data/bad/", "data/cache/"
 
 
 class RunSummary(L.Callback):
@@ -49,6 +50,8 @@ class RunSummary(L.Callback):
         values = {key: trainer.callback_metrics[key] for key in self.metrics if key in trainer.callback_metrics}
         if values:
             console.print(_facts_table("figures", {key: f"{float(value):.4g}" for key, value in values.items()}))
+        if loading := loading_figures({key: float(value) for key, value in trainer.callback_metrics.items()}):
+            console.print(_facts_table("loading, at the last logged step", loading))
         console.print("\n[bold]Look at[/bold]")
         for what, where in files_to_look_at(self.run_dir).items():
             console.print(f"  {what}: {where}", highlight=False, markup=False)
@@ -81,6 +84,25 @@ def files_to_look_at(run_dir: Path) -> dict[str, str]:
     if any(run_dir.glob("wandb/offline-run-*")):
         found["charts"] = f"wandb leet {run_dir / 'wandb'}"
     return found
+
+
+def loading_figures(metrics: Mapping[str, float]) -> dict[str, str]:
+    """What loading came to, in words, of the figures that `ThroughputMonitor` logs; what never happened is left out."""
+    figures: dict[str, str] = {}
+    if (share := metrics.get("train/data_wait_share")) is not None:
+        figures["waiting for data"] = f"{share:.1%} of the time"
+    if (rate := metrics.get("data/images_per_second_per_worker")) is not None:
+        figures["a worker makes"] = f"{rate:,.1f} images/s"
+    bad = {key.removeprefix(_BAD): int(value) for key, value in metrics.items() if key.startswith(_BAD)}
+    if bad:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in bad.items() if count)
+        figures["bad samples"] = kinds or "none"
+    figures |= {
+        f"cache {key.removeprefix(_CACHE)}": f"{int(value):,}"
+        for key, value in metrics.items()
+        if key.startswith(_CACHE)
+    }
+    return figures
 
 
 def _parts_table(parts: Mapping[str, nn.Module]) -> Table:

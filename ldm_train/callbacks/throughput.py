@@ -8,17 +8,28 @@
 - `train/learning_rate`: of the first parameter group, as used by the step.
 - `train/grad_norm`: the Euclidean norm of all gradients before clipping.
 
+Of data modules that count what their workers do (`meters()`), over all ranks:
+
+- `data/images_per_second_per_worker`: images that a loading process made, since the last logged step, per second in
+  which it worked. Times the number of workers it is what loading could deliver; `train/images_per_second` is what was
+  asked of it.
+- `data/bad/<kind>`: samples so far that could not be used, by what was wrong, see `ldm_train.data.quarantine`.
+- `data/cache/<counter>`: what the cache of remote shards did so far.
+
 All are logged every `trainer.log_every_n_steps` optimizer steps. Nothing else waits for the device: on a step that is
-logged the monitor waits once, so that the time includes the work that was queued.
+logged the monitor waits once, so that the time includes the work that was queued. The ranks' meters are added in one
+reduction then, and in none between.
 """
 
 import time
+from collections.abc import Mapping
 
 import lightning as L
 import torch
 from lightning.pytorch.profilers import Profiler
 from torch.optim import Optimizer
 
+from ldm_train import distributed
 from ldm_train.batch import ImageTextBatch
 
 
@@ -87,6 +98,7 @@ class ThroughputMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts to count; a resumed run has made its first steps already."""
         self._last_step, self._timer.waited = trainer.global_step, 0.0
+        self._work = (0.0, 0.0)
         self._reset()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -114,6 +126,20 @@ class ThroughputMonitor(L.Callback):
             self._seconds += time.perf_counter() - self._timer.began
         if logged:
             self._log(pl_module)
+            self._log_meters(trainer, pl_module)
+
+    def _log_meters(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        meters = getattr(trainer.datamodule, "meters", None)  # type: ignore[attr-defined]
+        if meters is None:
+            return
+        totals = _over_ranks(meters(), pl_module.device)
+        images, seconds = totals.pop("images_made"), totals.pop("busy_seconds")
+        if seconds > self._work[1]:
+            rate = (images - self._work[0]) / (seconds - self._work[1])
+            pl_module.log("data/images_per_second_per_worker", rate)
+        self._work = images, seconds
+        for name, total in totals.items():
+            pl_module.log(f"data/{name}", total)
 
     def _log(self, pl_module: L.LightningModule) -> None:
         if self._seconds > 0:
@@ -130,6 +156,14 @@ class ThroughputMonitor(L.Callback):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """The clock of the run that is resumed."""
         self.images_seen = state_dict["images_seen"]
+
+
+def _over_ranks(totals: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """The sum of each number over the ranks, which all have the same names."""
+    values = torch.tensor(list(totals.values()), dtype=torch.float64)
+    if distributed.world_size() > 1:
+        values = distributed.all_reduce_sum(values.to(device))
+    return dict(zip(totals, values.tolist(), strict=True))
 
 
 def is_logged(trainer: L.Trainer, step: int) -> bool:

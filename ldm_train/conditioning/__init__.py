@@ -7,6 +7,7 @@ from ldm_train.conditioning.degraded_image import DegradedImageConditioner
 from ldm_train.conditioning.label import LabelConditioner
 from ldm_train.conditioning.mask import MaskConditioner
 from ldm_train.conditioning.semantic_map import SemanticMapConditioner
+from ldm_train.conditioning.size import SizeConditioner
 from ldm_train.conditioning.text import TextConditioner, TransformerTextConditioner
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MaskConditioner",
     "NoConditioner",
     "SemanticMapConditioner",
+    "SizeConditioner",
     "TextConditioner",
     "TransformerTextConditioner",
 ]

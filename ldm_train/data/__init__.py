@@ -1,19 +1,53 @@
 """Captioned images from WebDataset shards: index, order, decoding, labels, segmentation maps, loading."""
 
+from ldm_train.data.bucketed_order import BucketedOrder
+from ldm_train.data.buckets import AspectBuckets, ShapeOfRow, assign, bucket_shapes
+from ldm_train.data.captions import (
+    CaptionSource,
+    FieldCaption,
+    PlainCaption,
+    ShuffledTags,
+    TextCaption,
+    TextLines,
+    Texts,
+    WeightedCaptions,
+)
+from ldm_train.data.crops import Box, CenterCrop, Crop, RandomCrop, RandomResizedCrop, Shape
 from ldm_train.data.datamodule import ImageTextDataModule
-from ldm_train.data.dataset import ImageOptions, ImageTextDataset, Quarantine, TooManyBadSamplesError
-from ldm_train.data.filters import FieldIn, FieldNotIn, Filter, MinimumSize
+from ldm_train.data.dataset import ImageOptions, ImageTextDataset
+from ldm_train.data.filters import (
+    AspectRatio,
+    CaptionLength,
+    FieldIn,
+    FieldNotIn,
+    Filter,
+    Maximum,
+    Minimum,
+    MinimumSize,
+)
 from ldm_train.data.index import Damage, ShardIndex, build_index, expand_shards
 from ldm_train.data.labels import FieldLabel, Label
 from ldm_train.data.latents import LatentCache, LatentTextDataset
-from ldm_train.data.sampler import BatchRequest, Position, ShuffledOrder, TrainingSampler, ValidationSampler
+from ldm_train.data.mixed_order import MixedOrder
+from ldm_train.data.order import Order, ShuffledOrder
+from ldm_train.data.quarantine import Quarantine, TooManyBadSamplesError
+from ldm_train.data.sampler import BatchRequest, Position, TrainingSampler, ValidationSampler
 from ldm_train.data.segmentation import ColourRegions, PixelClassifier, SegmentationMember
 from ldm_train.data.shards import ShardReader, ShardReadError, scan_shard
 
 __all__ = [
+    "AspectBuckets",
+    "AspectRatio",
     "BatchRequest",
+    "Box",
+    "BucketedOrder",
+    "CaptionLength",
+    "CaptionSource",
+    "CenterCrop",
     "ColourRegions",
+    "Crop",
     "Damage",
+    "FieldCaption",
     "FieldIn",
     "FieldLabel",
     "FieldNotIn",
@@ -24,18 +58,34 @@ __all__ = [
     "Label",
     "LatentCache",
     "LatentTextDataset",
+    "Maximum",
+    "Minimum",
     "MinimumSize",
+    "MixedOrder",
+    "Order",
     "PixelClassifier",
+    "PlainCaption",
     "Position",
     "Quarantine",
+    "RandomCrop",
+    "RandomResizedCrop",
     "SegmentationMember",
+    "Shape",
+    "ShapeOfRow",
     "ShardIndex",
     "ShardReadError",
     "ShardReader",
     "ShuffledOrder",
+    "ShuffledTags",
+    "TextCaption",
+    "TextLines",
+    "Texts",
     "TooManyBadSamplesError",
     "TrainingSampler",
     "ValidationSampler",
+    "WeightedCaptions",
+    "assign",
+    "bucket_shapes",
     "build_index",
     "expand_shards",
     "scan_shard",

@@ -23,12 +23,16 @@ from torch.utils.data import DataLoader
 
 from ldm_train import distributed
 from ldm_train.batch import ImageTextBatch, LatentFacts
-from ldm_train.data.dataset import CROPS, INTERPOLATIONS, ImageOptions, ImageTextDataset, Quarantine, Sample
+from ldm_train.data.captions import CaptionSource, TextCaption
+from ldm_train.data.crops import Crop, Shape, crop_of
+from ldm_train.data.dataset import INTERPOLATIONS, ImageOptions, ImageTextDataset, Sample
 from ldm_train.data.filters import Filter
-from ldm_train.data.index import CAPTION, IMAGE, METADATA, ShardIndex, build_index, expand_shards
+from ldm_train.data.index import IMAGE, METADATA, ShardIndex, build_index, expand_shards
 from ldm_train.data.labels import Label
 from ldm_train.data.latents import LatentCache, LatentTextDataset, reference_index
-from ldm_train.data.sampler import BatchRequest, Position, ShuffledOrder, TrainingSampler, ValidationSampler
+from ldm_train.data.order import ShuffledOrder
+from ldm_train.data.quarantine import Quarantine
+from ldm_train.data.sampler import BatchRequest, Position, TrainingSampler, ValidationSampler
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 
 _STATE_VERSION = 1
@@ -65,10 +69,11 @@ class ImageTextDataModule(L.LightningDataModule):
         val_batch_size: images per device and validation step; None is `batch_size`.
         filters: which samples take part, see `ldm_train.data.filters`.
         limit: take only the first samples that the filters keep; None takes all.
-        crop: `center`, or `random`: where the square is cut along the longer side.
+        crop: which part of an image is shown: `center`, `random` (along the longer side), or a crop, see
+            `ldm_train.data.crops`. Validation always takes the centre.
         flip: mirror half of the training images left to right.
         interpolation: `bicubic` or `bilinear`.
-        caption_field: metadata field that holds the caption; None takes the `.txt`.
+        caption: where captions come from, see `ldm_train.data.captions`; None takes the `.txt`.
         label: what says the class of a sample, see `ldm_train.data.labels`; None: batches have no `label`.
         segmentation: where segmentation maps come from, see `ldm_train.data.segmentation`; None: batches have none.
         cache_decoded: keep decoded images in memory, in each loading process; for small data sets.
@@ -93,10 +98,10 @@ class ImageTextDataModule(L.LightningDataModule):
         val_batch_size: int | None = None,
         filters: Sequence[Filter] | None = None,
         limit: int | None = None,
-        crop: str = "center",
+        crop: str | Crop = "center",
         flip: bool = False,
         interpolation: str = "bicubic",
-        caption_field: str | None = None,
+        caption: CaptionSource | None = None,
         label: Label | None = None,
         segmentation: SegmentationMember | PixelClassifier | None = None,
         cache_decoded: bool = False,
@@ -118,10 +123,10 @@ class ImageTextDataModule(L.LightningDataModule):
         self.latents = latents
         self.quarantine_dir = None if quarantine_dir is None else Path(quarantine_dir)
         self.options = ImageOptions(
-            image_size, crop, flip, interpolation, max_pixels, caption_field, label, segmentation
+            image_size, crop_of(crop), flip, interpolation, max_pixels, caption or TextCaption(), label, segmentation
         )
         self._check_arguments()
-        self._caches: dict[str, dict[int, Sample]] = {_TRAINING: {}, _VALIDATION: {}}
+        self._caches: dict[str, dict[tuple[int, Shape], Sample]] = {_TRAINING: {}, _VALIDATION: {}}
         self._quarantines: list[Quarantine] = []
         self._restored: dict[str, Any] | None = None
         self._sampler: TrainingSampler | None = None
@@ -140,10 +145,10 @@ class ImageTextDataModule(L.LightningDataModule):
         _check(0.0 <= self.val_fraction < 1.0, "val_fraction", self.val_fraction, "at least 0 and below 1")
         _check(not (self.val_fraction and self.val_shards), "val_fraction", self.val_fraction, "0 beside `val_shards`")
         _check(0.0 <= self.max_bad_fraction <= 1.0, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
-        crop, interpolation = self.options.crop, self.options.interpolation
-        _check(crop in CROPS, "crop", crop, f"one of {CROPS}")
+        interpolation = self.options.interpolation
         _check(interpolation in INTERPOLATIONS, "interpolation", interpolation, f"one of {INTERPOLATIONS}")
-        _check(crop == "center" or not self.cache_decoded, "crop", crop, "center beside `cache_decoded`")
+        is_fixed = crop_of(self.options.crop).draws == 0
+        _check(is_fixed or not self.cache_decoded, "crop", "drawn anew in each epoch", "center beside `cache_decoded`")
 
     @cached_property
     def _indices(self) -> tuple[ShardIndex, ShardIndex]:
@@ -176,7 +181,7 @@ class ImageTextDataModule(L.LightningDataModule):
         return self._scan(expand_shards(shards, key)).filtered(self.filters)
 
     def _scan(self, paths: Sequence[str]) -> ShardIndex:
-        required = {IMAGE, CAPTION if self.options.caption_field is None else METADATA}
+        required = {IMAGE, *self.options.caption.kinds}
         if self.options.label is not None:
             required.add(METADATA)
         source = self.options.segmentation

@@ -5,85 +5,29 @@ and, with several ranks, the number of steps. A substitute, the same on every at
 place; the failure is counted and written down, and too many of them end the run.
 """
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from ldm_train.batch import ImageTextBatch
-from ldm_train.data.index import CAPTION, IMAGE, SEGMENTATION, ShardIndex
+from ldm_train.data.captions import CaptionSource, PlainCaption, TextCaption, Texts
+from ldm_train.data.crops import FLIP, Box, Crop, Margins, Shape, crop_of, margins
+from ldm_train.data.index import CAPTION, IMAGE, METADATA, SEGMENTATION, ShardIndex
 from ldm_train.data.labels import Label
+from ldm_train.data.quarantine import Quarantine, TooManyBadSamplesError
 from ldm_train.data.sampler import BatchRequest, substitute_rows
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 from ldm_train.data.shards import ShardReader, ShardReadError
-from ldm_train.data.transforms import crop_square, decode_rgb, flip_where, resize, resize_classes, to_signed_unit
-from ldm_train.randomness import Stream, uniform
+from ldm_train.data.transforms import cut, decode_rgb, resize, resize_classes, to_signed_unit
+from ldm_train.randomness import Stream, uniform, visit_id
 
 _SUBSTITUTES = 16
-_FORGIVEN = 10
-CROPS = ("center", "random")
 INTERPOLATIONS = ("bicubic", "bilinear")
-
-
-class TooManyBadSamplesError(RuntimeError):
-    """More samples could not be decoded than `data.max_bad_fraction` allows."""
-
-
-class Quarantine:
-    """Counts the samples that could not be decoded, names each once in a file, and ends the run above a share.
-
-    Args:
-        path: file to append JSON lines to, one file per process: `-worker<n>.jsonl` is added; None writes nothing.
-        max_bad_fraction: the share of failures at which to stop; the first ten are forgiven.
-        num_workers: worker processes, each of which counts for itself in memory that all can read.
-    """
-
-    def __init__(self, path: Path | None, max_bad_fraction: float, num_workers: int) -> None:
-        self.path, self.max_bad_fraction = path, max_bad_fraction
-        self.counts = torch.zeros(max(1, num_workers), 2, dtype=torch.int64)
-        if num_workers:
-            self.counts.share_memory_()
-        self._named: set[int] = set()
-
-    @property
-    def seen(self) -> int:
-        """Samples asked for so far, in all workers."""
-        return int(self.counts[:, 0].sum())
-
-    @property
-    def bad(self) -> int:
-        """Samples among them that could not be decoded."""
-        return int(self.counts[:, 1].sum())
-
-    def passed(self, samples: int) -> None:
-        """Count samples that were asked for."""
-        self.counts[self._worker(), 0] += samples
-
-    def failed(self, sample_id: int, key: str, error: Exception) -> None:
-        """Count and write down a sample that could not be decoded."""
-        self.counts[self._worker(), 1] += 1
-        reason = f"{type(error).__name__}: {error}"
-        if self.path is not None and sample_id not in self._named:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(f"{self.path}-worker{self._worker()}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "sample_id": sample_id, "error": reason}) + "\n")
-        self._named.add(sample_id)
-        if self.bad > max(_FORGIVEN, self.max_bad_fraction * self.seen):
-            raise TooManyBadSamplesError(
-                f"{self.bad} of {self.seen} samples could not be decoded, the last being {key} ({reason}). At most "
-                f"{self.max_bad_fraction:.2%} may fail: mend or leave out the samples listed in `data.quarantine_dir`, "
-                "or raise `data.max_bad_fraction`."
-            )
-
-    @staticmethod
-    def _worker() -> int:
-        info = get_worker_info()
-        return 0 if info is None else info.id
 
 
 @dataclass(frozen=True)
@@ -91,44 +35,60 @@ class ImageOptions:
     """How samples are made.
 
     Attributes:
-        image_size: side of the square in pixels.
-        crop: where the square is cut along the longer side: `center`, or `random`.
+        image_size: side of the square in pixels; with aspect buckets, of the square among their shapes.
+        crop: which part of an image is shown: `center`, `random`, or a crop.
         flip: mirror half of the images left to right.
         interpolation: `bicubic` or `bilinear`.
         max_pixels: the largest image that is decoded.
-        caption_field: metadata field that holds the caption; None takes the `.txt`.
+        caption: where captions come from.
         label: what says the class of a sample; None: samples have none.
         segmentation: where segmentation maps come from; None: there are none.
     """
 
     image_size: int
-    crop: str = "center"
+    crop: str | Crop = "center"
     flip: bool = False
     interpolation: str = "bicubic"
     max_pixels: int = 1 << 26
-    caption_field: str | None = None
+    caption: CaptionSource = field(default_factory=TextCaption)
     label: Label | None = None
     segmentation: SegmentationMember | PixelClassifier | None = None
 
     def plain(self) -> "ImageOptions":
-        """The same without augmentation."""
-        return replace(self, crop="center", flip=False)
+        """The same without augmentation, and with the first of several captions."""
+        return replace(self, crop="center", flip=False, caption=PlainCaption(self.caption))
 
 
 class Sample(NamedTuple):
     """One sample as it is cached: what is the same in every epoch if nothing is cropped at random.
 
     Attributes:
-        image: (3, H, W) uint8.
-        caption: the text.
+        image: (3, h, w) uint8.
+        texts: what captions are made of.
         label: its class, or None.
-        segmentation: (H, W) int16 class of each pixel, or None.
+        segmentation: (h, w) int16 class of each pixel, or None.
+        original_size: height and width of the upright image before anything was cut off.
+        margins: what was cut off.
     """
 
     image: Tensor
-    caption: str
+    texts: Texts
     label: int | None
     segmentation: Tensor | None
+    original_size: Shape
+    margins: Margins
+
+
+class Draws(NamedTuple):
+    """The numbers that are drawn for a sample in an epoch, uniform on [0, 1).
+
+    Attributes:
+        augmentation: the place of the crop, the mirroring, and what else the crop asks for.
+        caption: what the source of captions asks for.
+    """
+
+    augmentation: Sequence[float]
+    caption: Sequence[float]
 
 
 class ImageTextDataset(Dataset[ImageTextBatch]):
@@ -137,9 +97,11 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
     Args:
         index: the samples.
         options: how images are made.
-        seed: the run's seed, which with epoch and sample id keys the augmentation.
+        seed: the run's seed, which with epoch and sample id keys every draw.
         quarantine: where failures go.
-        cache: keeps decoded samples by sample id when given; only with `crop=center`.
+        cache: keeps decoded samples by sample id and shape when given; only for crops that draw nothing.
+        shape_of: the shape in which a row is delivered, the same for all rows of a batch; None is the square.
+        finish: makes the images that are delivered, [-1, 1] unless another place does so, of (B, 3, h, w) uint8.
     """
 
     def __init__(
@@ -148,48 +110,96 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         options: ImageOptions,
         seed: int,
         quarantine: Quarantine,
-        cache: dict[int, Sample] | None = None,
+        cache: dict[tuple[int, Shape], Sample] | None = None,
+        shape_of: Callable[[int], Shape] | None = None,
+        finish: Callable[[Tensor], Tensor] = to_signed_unit,
     ) -> None:
         self.index, self.options, self.seed, self.quarantine, self.cache = index, options, seed, quarantine, cache
+        self.shape_of, self.finish, self.crop = shape_of, finish, crop_of(options.crop)
         self.reader = ShardReader(index.paths)
+        self._augmentation_draws = max(self.crop.draws, FLIP + 1 if options.flip else 0)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, request: BatchRequest) -> ImageTextBatch:
-        epoch, wanted, positions = request
-        self.quarantine.passed(len(wanted))
-        rows, samples = zip(*(self._sample_or_substitute(epoch, int(row)) for row in wanted), strict=True)
-        sample_id = torch.from_numpy(self.index.sample_id[list(rows)])
-        flip = self._draws(epoch, sample_id)[:, 1] < 0.5 if self.options.flip else None
+        with self.quarantine.making(len(request.rows)):
+            return self._batch(*request)
+
+    def _batch(self, epoch: int, wanted: np.ndarray, positions: np.ndarray, visits: np.ndarray | int) -> ImageTextBatch:
+        shape, visit = self._shape(wanted), np.broadcast_to(visits, len(wanted)).copy()
+        maps = torch.empty(len(wanted), *shape, dtype=torch.int64)
+        rows, samples, captions, corners, mirrorings = [], [], [], [], []
+        for place, draws in enumerate(self._draws(epoch, wanted, visit)):
+            asked = int(wanted[place]), visit[place : place + 1]
+            row, sample, caption, mirrored = self._sample_or_substitute(epoch, *asked, draws, shape)
+            if sample.segmentation is not None:
+                maps[place] = sample.segmentation.flip(-1) if mirrored else sample.segmentation
+            top, left, right = sample.margins
+            corners.append((top, right if mirrored else left))
+            rows.append(row)
+            samples.append(sample)
+            captions.append(caption)
+            mirrorings.append(mirrored)
         batch = ImageTextBatch(
-            caption=[sample.caption for sample in samples],
-            sample_id=sample_id,
+            caption=captions,
+            sample_id=self._visit_id(rows, visit),
             position=torch.from_numpy(positions),
             epoch=epoch,
             key=[self.index.full_key(row) for row in rows],
+            original_size=torch.tensor([sample.original_size for sample in samples]),
+            crop=torch.tensor(corners),
         )
-        self._put(batch, samples, flip)
+        self._put(batch, samples, mirrorings)
         if self.options.label is not None:
             batch["label"] = torch.tensor([sample.label for sample in samples])
         if self.options.segmentation is not None:
-            maps = torch.stack([sample.segmentation for sample in samples]).long()
-            batch["segmentation"] = maps if flip is None else flip_where(maps, flip)
+            batch["segmentation"] = maps
         return batch
 
-    def _put(self, batch: ImageTextBatch, samples: Sequence[Sample], flip: Tensor | None) -> None:
-        """Add what was made of the images, mirrored where `flip` (B,) is true."""
-        images = torch.stack([sample.image for sample in samples])
-        batch["image"] = to_signed_unit(images if flip is None else flip_where(images, flip))
+    def _put(self, batch: ImageTextBatch, samples: Sequence[Sample], mirrorings: Sequence[bool]) -> None:
+        """Put the images of samples into a batch, mirrored or not."""
+        pairs = zip(samples, mirrorings, strict=True)
+        batch["image"] = self.finish(torch.stack([s.image.flip(-1) if mirrored else s.image for s, mirrored in pairs]))
 
-    def _draws(self, epoch: int, sample_id: Tensor) -> Tensor:
-        """(B, 2) uniform numbers: the place of the crop and the flip."""
-        return uniform(self.seed, epoch, sample_id, Stream.AUGMENTATION, (2,))
+    def _shape(self, rows: np.ndarray) -> Shape:
+        if self.shape_of is None:
+            return Shape(self.options.image_size, self.options.image_size)
+        shapes = {self.shape_of(int(row)) for row in rows}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"a batch of {len(rows)} images has the shapes {sorted(shapes)}; all images of a batch must be of one "
+                "bucket; the order of the data and `data.buckets` must be made of the same index"
+            )
+        return shapes.pop()
 
-    def _sample_or_substitute(self, epoch: int, row: int) -> tuple[int, Sample]:
+    def _visit_id(self, rows: Sequence[int] | np.ndarray, visit: np.ndarray) -> Tensor:
+        return visit_id(torch.from_numpy(np.asarray(self.index.sample_id[rows])), torch.from_numpy(visit))
+
+    def _draws(self, epoch: int, rows: np.ndarray, visit: np.ndarray) -> Iterator[Draws]:
+        # For all at once: the generator takes as long for one sample as for a hundred.
+        sample_id = self._visit_id(rows, visit)
+        augmentation = self._uniform(epoch, sample_id, Stream.AUGMENTATION, self._augmentation_draws)
+        caption = self._uniform(epoch, sample_id, Stream.CAPTION, self.options.caption.draws)
+        return map(Draws, augmentation, caption)
+
+    def _uniform(self, epoch: int, sample_id: Tensor, stream: Stream, count: int) -> list[list[float]]:
+        if count == 0:
+            return [[]] * len(sample_id)
+        return uniform(self.seed, epoch, sample_id, stream, (count,)).tolist()
+
+    def _sample_or_substitute(
+        self, epoch: int, row: int, visit: np.ndarray, draws: Draws, shape: Shape
+    ) -> tuple[int, Sample, str, bool]:
         for candidate in self._candidates(epoch, row):
             try:
-                return candidate, self._sample(epoch, candidate)
+                if candidate != row:
+                    (draws,) = self._draws(epoch, np.array([candidate]), visit)
+                sample = self._sample(candidate, draws, shape)
+                is_mirrored = self.options.flip and draws.augmentation[FLIP] < 0.5
+                caption = self.options.caption(sample.texts, draws.caption)
+                caption.encode("utf-8")  # JSON can hold halves of characters, on which tokenizers and loggers fail
+                return candidate, sample, caption, is_mirrored
             except ShardReadError:
                 raise
             except Exception as error:  # whatever a decoder throws at damaged bytes: counted, named and limited
@@ -204,40 +214,37 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         sample_id = int(self.index.sample_id[row])
         yield from substitute_rows(_SUBSTITUTES, len(self.index), self.seed, epoch, sample_id)
 
-    def _sample(self, epoch: int, row: int) -> Sample:
-        sample_id = int(self.index.sample_id[row])
-        if self.cache is not None and sample_id in self.cache:
-            return self.cache[sample_id]
-        sample = self._make(epoch, row)
+    def _sample(self, row: int, draws: Draws, shape: Shape) -> Sample:
+        name = int(self.index.sample_id[row]), shape
+        if self.cache is not None and name in self.cache:
+            return self.cache[name]
+        sample = self._make(row, draws, shape)
         if self.cache is not None:
-            self.cache[sample_id] = sample
+            self.cache[name] = sample
         return sample
 
-    def _make(self, epoch: int, row: int) -> Sample:
-        sample_id = int(self.index.sample_id[row])
-        image = decode_rgb(self.index.read(self.reader, row, IMAGE), self.options.max_pixels)
-        is_random = self.options.crop == "random"
-        place = self._draws(epoch, torch.tensor([sample_id]))[0, 0].item() if is_random else 0.5
-        square = resize(crop_square(image, place), self.options.image_size, self.options.interpolation)
-        return Sample(square, self._caption(row), self._label(row), self._segmentation(row, image, square, place))
+    def _make(self, row: int, draws: Draws, shape: Shape) -> Sample:
+        whole = decode_rgb(self.index.read(self.reader, row, IMAGE), self.options.max_pixels)
+        size = Shape(*whole.shape[-2:])
+        box = self.crop(size, shape, draws.augmentation)
+        image = resize(cut(whole, box), shape, self.options.interpolation)
+        texts, label = self._texts(row)
+        return Sample(image, texts, label, self._map(row, size, box, image), size, margins(size, box, shape))
 
-    def _label(self, row: int) -> int | None:
-        label = self.options.label
-        return None if label is None else label(self.index.metadata(self.reader, row))
+    def _texts(self, row: int) -> tuple[Texts, int | None]:
+        """What captions are made of, and the label: both may need the metadata, which are read once."""
+        label, kinds = self.options.label, self.options.caption.kinds
+        caption = metadata = None
+        if CAPTION in kinds:
+            caption = self.index.read(self.reader, row, CAPTION).decode("utf-8")
+        if METADATA in kinds or label is not None:
+            metadata = self.index.metadata(self.reader, row)
+        texts = Texts(caption, metadata if METADATA in kinds else None)
+        return texts, None if label is None else label(metadata or {})
 
-    def _segmentation(self, row: int, image: Tensor, square: Tensor, place: float) -> Tensor | None:
-        source = self.options.segmentation
+    def _map(self, row: int, size: Shape, box: Box, image: Tensor) -> Tensor | None:
+        source, shape = self.options.segmentation, Shape(*image.shape[-2:])
         if not isinstance(source, SegmentationMember):
-            return None if source is None else source(square)
-        height, width = image.shape[-2:]
-        classes = source.decode(self.index.read(self.reader, row, SEGMENTATION), height, width)
-        return resize_classes(crop_square(classes, place), self.options.image_size)
-
-    def _caption(self, row: int) -> str:
-        field = self.options.caption_field
-        if field is None:
-            return self.index.read(self.reader, row, CAPTION).decode("utf-8").strip()
-        caption = self.index.metadata(self.reader, row)[field]
-        if not isinstance(caption, str):
-            raise TypeError(f"metadata field {field!r} is {caption!r}, not a text")
-        return caption.strip()
+            return None if source is None else source(image)
+        classes = source.decode(self.index.read(self.reader, row, SEGMENTATION), size.height, size.width)
+        return resize_classes(cut(classes, box), shape)

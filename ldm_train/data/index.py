@@ -1,10 +1,11 @@
 """What there is to train on: every complete sample of the shards, found once from the tar headers.
 
 A sample is the members of a shard that share a name up to the first dot: an image, a `.txt` caption, a `.json` with
-metadata (the layout of WebDataset and img2dataset), if wanted a segmentation map. The index holds its position as
-compact arrays, one row a sample, in the order of the shards; a row number is all that the sampler and the workers
-exchange. What is no complete sample is listed as damage, what a filter refuses is counted by reason: nothing is left
-out in silence.
+metadata (the layout of WebDataset and img2dataset), if wanted a segmentation map. The index holds its position in
+columns (`ldm_train.data.columns`), one row a sample, in the order of the shards; they lie in memory, or in a directory
+(`ldm_train.data.index_store`) from which they are mapped. A selection is a list of their rows. The number of a sample
+within it is all that the order of training and the workers exchange. What is no complete sample is listed as damage,
+what a filter refuses is counted by reason: nothing is left out in silence.
 
 The fingerprint hashes the shards' names and sizes, the samples they hold, and how these were selected. Runs with
 equal fingerprints see equal rows.
@@ -15,23 +16,40 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
 
+from ldm_train.data.columns import Columns, open_array
 from ldm_train.data.filters import Filter
-from ldm_train.data.shards import Member, ShardReader, scan_shard
+from ldm_train.data.index_store import UnwritableError, built, is_url, looked_up, opened_or_built, relative_names
+from ldm_train.data.judging import Judge, ShardSamples, read_metadata
+from ldm_train.data.local_files import LOCAL_FILES, Storage
+from ldm_train.data.parallel import map_in_order, tracked
+from ldm_train.data.parquet import parquet_of
+from ldm_train.data.scanning import CAPTION, IMAGE, KINDS, METADATA, SEGMENTATION, Contents
+from ldm_train.data.selections import RowNumbers, kept_rows, selection_key, smallest
+from ldm_train.data.shards import ShardReader
 
-IMAGE, CAPTION, METADATA, SEGMENTATION = 0, 1, 2, 3
-_KINDS = ("image", "caption (.txt)", "metadata (.json)", "segmentation map")
-_KIND_OF_EXTENSION = {"jpg": IMAGE, "jpeg": IMAGE, "png": IMAGE, "webp": IMAGE, "txt": CAPTION, "json": METADATA}
-_KIND_OF_EXTENSION["latent"] = IMAGE  # what `ldm_train.data.latents` puts in the place of an image
-_ABSENT = (0, -1)
+__all__ = [
+    "CAPTION",
+    "IMAGE",
+    "METADATA",
+    "SEGMENTATION",
+    "Damage",
+    "ShardIndex",
+    "build_index",
+    "expand_shards",
+]
+_LOOKS = 16  # files asked for at a time: file servers answer slowly, but many at once
 
 
 class Damage(NamedTuple):
@@ -54,6 +72,11 @@ def expand_shards(shards: str | Sequence[str], key: str = "data.shards") -> tupl
             raise ValueError(f"`{key}` names {pattern!r}; allowed are files on a mounted disk: copy the shards there.")
         for name in braceexpand(os.path.expanduser(pattern)):
             found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
+            strange = [path for path in found if not os.path.isfile(path)]
+            if strange:  # to open a named pipe would wait for ever
+                raise FileNotFoundError(
+                    f"{strange[0]} is a folder, a pipe or a broken link. Allowed are tar files; `{key}` is {pattern!r}."
+                )
             if not found:
                 folder = os.path.dirname(os.path.abspath(name))
                 state = "exists" if os.path.isdir(folder) else "does not exist"
@@ -72,38 +95,43 @@ def expand_shards(shards: str | Sequence[str], key: str = "data.shards") -> tupl
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """The samples of a list of shards; N rows in S shards.
+    """The samples of a list of shards, or a selection of them; N rows in S shards.
 
     Attributes:
         paths: S shard files.
         names: their paths relative to the folder that holds them all, for people and for the fingerprint.
         file_sizes: their bytes.
         starts: (S + 1,) int64; shard s holds the rows from `starts[s]` to `starts[s + 1]`.
-        offsets: (N, 3) int64 bytes to the image, the caption and the metadata; (N, 4) if segmentation maps are indexed.
-        sizes: bytes of them, int32, -1 where there is none.
-        sample_id: (N,) int64, the sample's number before any filter or split, so that neither changes it.
-        key_spans: (N, 2) int64 begin and end of the key in `key_bytes`.
-        key_bytes: all keys, joined.
+        columns: where the members lie, for all samples before any selection.
+        rows: (N,) int64 rows of the columns that were selected, in order; None: all.
+        rows_file: the file the rows are mapped from; None: they are in memory.
         selection: how the rows were selected, one line a step.
+        lineage: the selection's name where it can be kept beside the columns; None if it cannot.
         damage: what was left out as incomplete or unreadable.
         refused: samples left out by filters, counted by reason.
+        storage: where the shards lie.
     """
 
     paths: tuple[str, ...]
     names: tuple[str, ...]
     file_sizes: tuple[int, ...]
     starts: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-    sample_id: np.ndarray
-    key_spans: np.ndarray
-    key_bytes: bytes
+    columns: Columns
+    rows: np.ndarray | None = None
+    rows_file: Path | None = None
     selection: tuple[str, ...] = ()
+    lineage: str | None = ""
     damage: tuple[Damage, ...] = ()
     refused: Counter[str] = field(default_factory=Counter)
+    storage: Storage = LOCAL_FILES
 
     def __len__(self) -> int:
-        return len(self.sample_id)
+        return int(self.starts[-1])
+
+    @property
+    def sample_id(self) -> np.ndarray | RowNumbers:
+        """(N,) int64, the sample's number before any filter or split, so that neither changes it."""
+        return RowNumbers(len(self.columns)) if self.rows is None else self.rows
 
     def shard_of(self, row: int) -> int:
         """The number of the shard that holds a row."""
@@ -111,76 +139,184 @@ class ShardIndex:
 
     def key(self, row: int) -> str:
         """The sample's own name, `__key__` in WebDataset's terms."""
-        begin, end = self.key_spans[row]
-        return self.key_bytes[begin:end].decode()
+        return self.columns.keys(np.asarray(self.sample_id[[row]]))[0].decode()
 
     def full_key(self, row: int) -> str:
         """`<shard>/<key>`, unique among all shards."""
         return f"{self.names[self.shard_of(row)].removesuffix('.tar')}/{self.key(row)}"
 
+    def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the members of rows (n,) lie: (n, K) int64 byte offsets and (n, K) int32 sizes, -1 where absent."""
+        chosen = self.sample_id[rows]
+        return self.columns.offsets[chosen], self.columns.sizes[chosen]
+
+    def dimensions(self, rows: np.ndarray) -> np.ndarray:
+        """(n, 2) int32 width and height in pixels of the images of rows (n,), -1 where their header is unreadable.
+
+        Raises:
+            ValueError: if the index was built without.
+        """
+        if self.columns.dimensions is None:
+            raise ValueError(
+                "this index has no width and height; they are read from the images' headers when asked for; build it "
+                "with dimensions=True, or `--dimensions` of tools/index_shards.py"
+            )
+        return self.columns.dimensions[self.sample_id[rows]]
+
     def key_hash(self, purpose: str) -> np.ndarray:
         """(N,) uint64 hashes of the keys, uniform and independent of how samples are spread over shards."""
-        hashes = (
-            hashlib.blake2b(self.key_bytes[begin:end], digest_size=8, person=purpose.encode()).digest()
-            for begin, end in self.key_spans.tolist()
-        )
+        hashes = np.empty(len(self), dtype="<u8")
+        for begin, end in self._spans():
+            hashes[begin:end] = self._hashes(purpose, begin, end)
+        return hashes
+
+    def ranked(self, purpose: str, count: int | None = None) -> np.ndarray:
+        """The rows with the smallest hashes of their keys, smallest first: a fixed sample in a fixed mixed order.
+
+        Args:
+            purpose: which hash, see `key_hash`.
+            count: rows; None is all of them.
+        """
+        if count is None:
+            return np.argsort(self.key_hash(purpose), kind="stable")
+        lineage = None if self.lineage is None else selection_key(self.lineage, "ranked", purpose, count)
+        hashes = (self._hashes(purpose, begin, end) for begin, end in self._spans())
+        return kept_rows(self.columns.folder, lineage, smallest(hashes, count), {}).rows
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        """First row and end of each shard."""
+        yield from zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True)
+
+    def _hashes(self, purpose: str, begin: int, end: int) -> np.ndarray:
+        keys, person = self.columns.keys(np.asarray(self.sample_id[begin:end])), purpose.encode()
+        hashes = (hashlib.blake2b(key, digest_size=8, person=person).digest() for key in keys)
         return np.frombuffer(b"".join(hashes), dtype="<u8")
 
     def select(self, keep: np.ndarray, description: str) -> "ShardIndex":
         """The index of the rows where `keep` (N,) is true; the description enters the fingerprint."""
-        kept_before = np.concatenate(([0], np.cumsum(keep)))
+        blocks = (np.asarray(self.sample_id[begin:end])[keep[begin:end]] for begin, end in self._spans())
+        return self._selected(blocks, description, None)
+
+    def first(self, count: int) -> "ShardIndex":
+        """The index of the first rows."""
+        blocks = (np.asarray(self.sample_id[min(begin, count) : min(end, count)]) for begin, end in self._spans())
+        return self._selected(blocks, f"the first {count}", self.lineage)
+
+    def split(self, fraction: float, purpose: str = "validation") -> tuple["ShardIndex", "ShardIndex"]:
+        """The index without a share of the samples, and the index of this share, chosen by a hash of the keys.
+
+        Args:
+            fraction: the share, from 0 to below 1.
+            purpose: which hash, see `key_hash`.
+        """
+        if not fraction:
+            nothing = np.zeros(0, np.int64)
+            return self, self._selected((nothing for _ in self.paths), f"{fraction} by key", self.lineage)
+        threshold = np.uint64(fraction * 2**64)
+        spans = list(self._spans())
+        held_out = self._selected(
+            (
+                np.asarray(self.sample_id[begin:end])[self._hashes(purpose, begin, end) < threshold]
+                for begin, end in spans
+            ),
+            f"{fraction} by key",
+            self.lineage,
+            purpose,
+        )
+        assert held_out.rows is not None
+        rest = (
+            np.setdiff1d(self.sample_id[begin:end], held_out.rows[first:last], assume_unique=True)
+            for (begin, end), (first, last) in zip(spans, held_out._spans(), strict=True)
+        )
+        return self._selected(rest, f"all but {fraction} by key", self.lineage, purpose), held_out
+
+    def _selected(
+        self,
+        blocks: Iterable[np.ndarray],
+        description: str,
+        lineage: str | None,
+        *grounds: object,
+        refused: Counter[str] | None = None,
+    ) -> "ShardIndex":
+        """The index of the columns' rows in the blocks, one block a shard.
+
+        Args:
+            blocks: (n,) int64 each; read only if the selection is not found beside the columns.
+            description: enters the fingerprint.
+            lineage: names what the selection starts from, None where blocks do not follow from it.
+            grounds: what the blocks follow from beside the lineage and the description.
+            refused: filled by reading the blocks.
+        """
+        name = None if lineage is None else selection_key(lineage, description, *grounds)
+        refused = Counter() if refused is None else refused
+        kept = kept_rows(self.columns.folder, name, blocks, refused)
         return replace(
             self,
-            starts=kept_before[self.starts],
-            offsets=self.offsets[keep],
-            sizes=self.sizes[keep],
-            sample_id=self.sample_id[keep],
-            key_spans=self.key_spans[keep],
+            starts=kept.starts,
+            rows=kept.rows,
+            rows_file=kept.file,
             selection=(*self.selection, description),
+            lineage=name,
+            refused=self.refused + Counter(kept.refused),
         )
 
-    def filtered(self, filters: Iterable[Filter]) -> "ShardIndex":
-        """The samples that every filter keeps; the first filter that refuses a sample is the one that is counted."""
-        filters, reader = list(filters), ShardReader(self.paths)
+    def filtered(self, filters: Iterable[Filter], workers: int = 0, progress: bool | None = None) -> "ShardIndex":
+        """The samples that every filter keeps; the first filter that refuses a sample is the one that is counted.
+
+        Args:
+            filters: the filters; none keeps everything.
+            workers: processes that work on shards; 0 and 1 use this one.
+            progress: whether to draw a bar; None draws it on terminals.
+        """
+        filters = list(filters)
         if not filters:
             return self
-        refused: Counter[str] = Counter()
-        keep = np.zeros(len(self), dtype=bool)
-        for row in range(len(self)):
-            reason = self._refusal(reader, row, filters)
-            keep[row] = reason is None
-            if reason is not None:
-                refused[reason] += 1
-        reader.close()
-        selected = self.select(keep, " and ".join(filter_.description for filter_ in filters))
-        return replace(selected, refused=self.refused + refused)
+        judge, refused = Judge(filters, self.storage), Counter[str]()
+        description = " and ".join(filter_.description for filter_ in filters)
+        blocks = self._judged(judge, refused, workers, progress)
+        grounds = [[type(filter_).__qualname__ for filter_ in filters]]
+        if self.columns.folder is not None and judge.fields:
+            grounds.append(self._parquets())
+        return self._selected(blocks, description, self.lineage, *grounds, refused=refused)
 
-    def _refusal(self, reader: ShardReader, row: int, filters: Sequence[Filter]) -> str | None:
-        try:
-            key, metadata = self.key(row), self.metadata(reader, row)
-        except (KeyError, ValueError) as error:
-            return f"metadata: {error.args[0]}"
-        for filter_ in filters:
+    def _judged(self, judge: Judge, refused: Counter[str], workers: int, progress: bool | None) -> Iterator[np.ndarray]:
+        verdicts = map_in_order(judge, map(self._samples, range(len(self.paths))), workers)
+        shards = zip(verdicts, self._spans(), strict=True)
+        for (keep, reasons), (begin, end) in tracked(shards, len(self.paths), "filtering shards", progress):
+            refused.update(reasons)
+            yield np.asarray(self.sample_id[begin:end])[keep]
+
+    def _samples(self, shard: int) -> ShardSamples:
+        rows = np.asarray(self.sample_id[int(self.starts[shard]) : int(self.starts[shard + 1])])
+        places = np.stack((self.columns.offsets[rows, METADATA], self.columns.sizes[rows, METADATA]), axis=1)
+        return ShardSamples(self.paths[shard], self.columns.keys(rows), places)
+
+    def _parquets(self) -> list[str]:
+        """Size and version of the parquet beside each shard: what filters say follows from it."""
+
+        def look(path: str) -> str:
             try:
-                if not filter_(key, metadata):
-                    return f"fails: {filter_.description}"
-            except KeyError as error:
-                return f"no metadata field {error} for {filter_.description}"
-        return None
+                return " ".join(map(str, self.storage.identity(parquet_of(path))))
+            except OSError:
+                return ""
+
+        with ThreadPoolExecutor(_LOOKS) as pool:
+            return list(pool.map(look, self.paths))
 
     def metadata(self, reader: ShardReader, row: int) -> dict[str, Any]:
-        """The sample's `.json`; KeyError if it has none, ValueError if it is no JSON object."""
-        metadata = json.loads(self.read(reader, row, METADATA))
-        if not isinstance(metadata, dict):
-            raise ValueError("not a JSON object")
-        return metadata
+        """The sample's `.json`; KeyError if it has none, MetadataError if it is no JSON object."""
+        return read_metadata(reader, self.shard_of(row), *self._place(row, METADATA))
 
     def read(self, reader: ShardReader, row: int, kind: int) -> bytes:
         """The bytes of a sample's `IMAGE`, `CAPTION`, `METADATA` or `SEGMENTATION`; KeyError if it has none."""
-        offset, size = int(self.offsets[row, kind]), int(self.sizes[row, kind])
+        offset, size = self._place(row, kind)
         if size < 0:
-            raise KeyError(f"no {_KINDS[kind]}")
+            raise KeyError(f"no {KINDS[kind]}")
         return reader.read(self.shard_of(row), offset, size)
+
+    def _place(self, row: int, kind: int) -> tuple[int, int]:
+        chosen = int(self.sample_id[row])
+        return int(self.columns.offsets[chosen, kind]), int(self.columns.sizes[chosen, kind])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -189,87 +325,61 @@ class ShardIndex:
         identity = [list(self.names), list(self.file_sizes), rows, list(self.selection)]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ if self.rows_file is None else {**self.__dict__, "rows": None}
 
-def _group(
-    members: list[Member], kinds: dict[str, int], required: Sequence[int]
-) -> tuple[dict[str, list[tuple[int, int]]], list[str]]:
-    """Complete samples of a shard by key, an (offset, size) for each kind; a line for each incomplete or double one."""
-    width = max(kinds.values()) + 1
-    samples: dict[str, list[tuple[int, int]]] = {}
-    spoiled: dict[str, str] = {}
-    for name, offset, size in members:
-        folder, slash, file = name.rpartition("/")
-        stem, _, extension = file.partition(".")
-        kind = kinds.get(extension.lower())
-        if kind is None:
-            continue
-        key = folder + slash + stem
-        sample = samples.get(key)
-        if sample is None:
-            sample = samples[key] = [_ABSENT] * width
-        elif sample[kind] is not _ABSENT:
-            spoiled[key] = f"{key}: more than one {_KINDS[kind]}"
-        sample[kind] = (offset, size)
-    for key, sample in samples.items():
-        missing = [_KINDS[kind] for kind in required if sample[kind] is _ABSENT]
-        if missing:
-            spoiled[key] = f"{key}: no {' and no '.join(missing)}"
-        elif sample[IMAGE][1] == 0:
-            spoiled[key] = f"{key}: the image is empty"
-    return {key: sample for key, sample in samples.items() if key not in spoiled}, list(spoiled.values())
-
-
-def _promised(path: str) -> int | None:
-    """The number of samples that img2dataset's `<shard>_stats.json` says it wrote."""
-    try:
-        with open(path.removesuffix(".tar") + "_stats.json", encoding="utf-8") as file:
-            return int(json.load(file)["successes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.rows_file is not None:
+            self.__dict__["rows"] = open_array(self.rows_file)
 
 
 def build_index(
-    paths: Sequence[str], required: Sequence[int] = (IMAGE, CAPTION), segmentation: str | None = None
+    paths: Sequence[str],
+    required: Sequence[int] = (IMAGE, CAPTION),
+    segmentation: str | None = None,
+    directory: str | Path | None = None,
+    workers: int = 0,
+    storage: Storage = LOCAL_FILES,
+    dimensions: bool = False,
+    progress: bool | None = None,
 ) -> ShardIndex:
-    """Index shards by reading their tar headers.
+    """Index shards by reading their tar headers, or open the index that an earlier run left.
 
     Args:
         paths: tar files, see `expand_shards`.
         required: the members without which a sample is incomplete.
         segmentation: the extension of segmentation maps, in lower case, without which a sample is incomplete too;
             `None` indexes none.
+        directory: a folder that keeps indices, each list of shards and requirements in a subfolder of its own; None
+            builds in memory.
+        workers: processes that scan shards; 0 and 1 use this one.
+        storage: where the shards lie.
+        dimensions: index width and height, which costs a read for each image.
+        progress: whether to draw a bar; None draws it on terminals.
     """
-    kinds = _KIND_OF_EXTENSION
-    if segmentation is not None:
-        kinds, required = kinds | {segmentation: SEGMENTATION}, (*required, SEGMENTATION)
-    width = max(kinds.values()) + 1
-    counts: list[int] = []
-    spans: list[np.ndarray] = []
-    keys: list[bytes] = []
-    damage: list[Damage] = []
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    names = tuple(os.path.relpath(path, root) for path in paths)
-    for path, name in zip(paths, names, strict=True):
-        members, problems = scan_shard(path)
-        samples, incomplete = _group(members, kinds, required)
-        promised = _promised(path)
-        if promised not in (None, len(samples)):
-            incomplete.append(f"{len(samples)} complete samples where the stats file promises {promised}")
-        damage += [Damage(name, reason) for reason in problems + incomplete]
-        counts.append(len(samples))
-        keys += [key.encode() for key in samples]
-        spans.append(np.array(list(samples.values()), dtype=np.int64).reshape(-1, width, 2))
-    members_of = np.concatenate(spans)
-    ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
+    locations = [path if is_url(path) else os.path.abspath(path) for path in paths]
+    contents = Contents(tuple(required), segmentation, dimensions)
+    table = looked_up(locations, contents, storage)
+    columns = None
+    if directory is not None:
+        try:
+            table, columns = opened_or_built(table, Path(directory), storage, workers, progress)
+        except UnwritableError as error:
+            warnings.warn(
+                f"the index cannot be kept in {directory} ({error}) and is built in memory. Allowed are folders that "
+                "can be written: change `data.index_dir`.",
+                stacklevel=2,
+            )
+    if columns is None:
+        columns = built(table, storage, workers, progress)
+    names = relative_names(paths)
     return ShardIndex(
         paths=tuple(paths),
         names=names,
-        file_sizes=tuple(os.path.getsize(path) for path in paths),
-        starts=np.concatenate(([0], np.cumsum(counts, dtype=np.int64))),
-        offsets=members_of[..., 0],
-        sizes=members_of[..., 1].astype(np.int32),
-        sample_id=np.arange(len(keys), dtype=np.int64),
-        key_spans=np.stack((np.concatenate(([0], ends[:-1])), ends), axis=1) if keys else np.zeros((0, 2), np.int64),
-        key_bytes=b"".join(keys),
-        damage=tuple(damage),
+        file_sizes=tuple(table.sizes),
+        starts=table.starts,
+        columns=columns,
+        damage=tuple(Damage(names[shard], reason) for shard, reason in table.damage),
+        storage=storage,
     )

@@ -8,6 +8,8 @@ quarantine and replaced, and a misspelt field ends the run within its first batc
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from ldm_train.data.quarantine import LabelError
+
 
 class Label(Protocol):
     """What the data set asks of a labelling: classes are numbered from 0 to `num_classes` - 1."""
@@ -46,14 +48,14 @@ class FieldLabel:
 
         Raises:
             KeyError: if the sample has no such field.
-            ValueError: if the field's value is none of the classes.
+            LabelError: if the field's value is none of the classes.
         """
         if self.field not in metadata:
             raise KeyError(f"no metadata field {self.field!r}, which `data.label.field` names")
         value = metadata[self.field]
         # True == 1 in Python, but it is no class that somebody has numbered.
         if isinstance(value, bool) or not isinstance(value, str | int) or value not in self._numbers:
-            raise ValueError(
+            raise LabelError(
                 f"{self.field} is {value!r}, which is no class; add it to `data.label.classes`, or leave such samples "
                 "out by `data.filters`"
             )

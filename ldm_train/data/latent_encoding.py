@@ -12,20 +12,22 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm_train.data.crops import Box, Shape, covering_box
 from ldm_train.data.index import CAPTION, IMAGE, METADATA, ShardIndex, build_index
 from ldm_train.data.latents import DTYPES, LatentSettings, pack, pack_failure
+from ldm_train.data.quarantine import reason_of
 from ldm_train.data.shards import ShardReader
-from ldm_train.data.transforms import crop_square, decode_rgb, resize, to_signed_unit
+from ldm_train.data.transforms import cut, decode_rgb, resize, to_signed_unit
 from ldm_train.nn import Autoencoder
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MEMBERS = {"txt": CAPTION, "json": METADATA}
-_CENTRE = 0.5
 # What decoders raise on damaged bytes.
 _DAMAGE = (
     OSError,
@@ -47,15 +49,15 @@ class Picture(NamedTuple):
         members: what is copied, by extension.
         pixels: (3, H, W) uint8, or `None`.
         source_size: height and width of the image in the file.
-        box: top, left, height and width of what was cut out of it.
+        box: what was cut out of it.
         failure: why there are no pixels; `None` if there are.
     """
 
     key: str
     members: dict[str, bytes]
     pixels: Tensor | None
-    source_size: tuple[int, int] = (0, 0)
-    box: tuple[int, int, int, int] = (0, 0, 0, 0)
+    source_size: Shape = Shape(0, 0)
+    box: Box = Box(0, 0, 0, 0)
     failure: str | None = None
 
 
@@ -85,6 +87,7 @@ class SourceImages(Dataset[PictureBatch]):
         # Whatever else a run asks of a sample, a caption or metadata, it asks again of the cache.
         self.index: ShardIndex = build_index(paths, (IMAGE,))
         self.settings, self.max_pixels = settings, max_pixels
+        self.shape = Shape(settings.image_size, settings.image_size)
         self.reader = ShardReader(self.index.paths)
         starts = self.index.starts.tolist()
         self._batches = [
@@ -108,24 +111,21 @@ class SourceImages(Dataset[PictureBatch]):
 
     def picture(self, row: int) -> Picture:
         """The sample of a row."""
+        sizes = self.index.places(np.array([row]))[1][0]
         members = {
             extension: self.index.read(self.reader, row, kind)
             for extension, kind in _MEMBERS.items()
-            if self.index.sizes[row, kind] >= 0
+            if sizes[kind] >= 0
         }
         key, data = self.index.key(row), self.index.read(self.reader, row, IMAGE)
         try:
             image = decode_rgb(data, self.max_pixels)
         except _DAMAGE as error:
-            return Picture(key, members, None, failure=f"{type(error).__name__}: {error}")
-        pixels = resize(crop_square(image, _CENTRE), self.settings.image_size, self.settings.interpolation)
-        return Picture(key, members, pixels, (image.shape[1], image.shape[2]), _centre_box(*image.shape[1:]))
-
-
-def _centre_box(height: int, width: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width of what `crop_square` cuts out of the middle."""
-    side = min(height, width)
-    return int(_CENTRE * (height - side + 1)), int(_CENTRE * (width - side + 1)), side, side
+            return Picture(key, members, None, failure=reason_of(error))
+        size = Shape(*image.shape[-2:])
+        box = covering_box(size, self.shape)
+        pixels = resize(cut(image, box), self.shape, self.settings.interpolation)
+        return Picture(key, members, pixels, size, box)
 
 
 class MomentsEncoder:

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from ldm_train.batch import ImageTextBatch, LatentFacts
-from ldm_train.data.dataset import ImageOptions, ImageTextDataset, Sample
+from ldm_train.data.crops import Box, Shape, crop_of, margins
+from ldm_train.data.dataset import Draws, ImageOptions, ImageTextDataset, Sample
 from ldm_train.data.index import IMAGE, ShardIndex, expand_shards
 
 EXTENSION = "latent"
@@ -45,6 +46,7 @@ _NAMES = {code: name for name, code in _CODES.items()}
 _TOOL = "python tools/cache_latents.py --checkpoint AUTOENCODER --data SHARDS --image-size SIZE --output FOLDER"
 # A bicubic resize of bytes ends in bytes: no value lies outside by more than rounding.
 _TOLERANCE = 1e-3
+_COMPARED = 256  # keys that must agree where images and their latents are taken for the same samples
 
 
 class DamagedSampleError(ValueError):
@@ -57,12 +59,12 @@ class Cached(NamedTuple):
     Attributes:
         moments: (V, k C, h, w), of the type they are stored in.
         source_size: height and width of the upright source image in pixels.
-        box: top, left, height and width of what was cut out of it, in its pixels.
+        box: what was cut out of it, in its pixels.
     """
 
     moments: Tensor
-    source_size: tuple[int, int]
-    box: tuple[int, int, int, int]
+    source_size: Shape
+    box: Box
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Manifest:
     shards: Mapping[str, int]
 
 
-def pack(moments: Tensor, source_size: tuple[int, int], box: tuple[int, int, int, int]) -> bytes:
+def pack(moments: Tensor, source_size: Shape, box: Box) -> bytes:
     """A `.latent` member of moments (V, k C, h, w) on the host; see `Cached` for the rest."""
     name = str(moments.dtype).removeprefix("torch.")
     versions, channels, height, width = moments.shape
@@ -149,10 +151,7 @@ def unpack(data: bytes) -> Cached:
     if len(data) != _HEADER.size + count * dtype.itemsize:
         raise ValueError(f"{len(data)} bytes where {count} numbers of {dtype} belong: the member is cut")
     values = torch.frombuffer(bytearray(data), dtype=dtype, offset=_HEADER.size)
-    top, left, box_height, box_width = place[2:]
-    return Cached(
-        values.view(versions, channels, height, width), (place[0], place[1]), (top, left, box_height, box_width)
-    )
+    return Cached(values.view(versions, channels, height, width), Shape(*place[:2]), Box(*place[2:]))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -236,7 +235,8 @@ class LatentCache:
             )
         _check(options.segmentation is None, "segmentation", "a source of maps", "null: latents have no pixels")
         _check(options.image_size == settings.image_size, "image_size", options.image_size, settings.image_size)
-        _check(options.crop == settings.crop, "crop", options.crop, settings.crop)
+        crop = crop_of(options.crop)
+        _check(type(crop) is type(crop_of(settings.crop)), "crop", type(crop).__name__, settings.crop)
         _check(settings.flip or not options.flip, "flip", options.flip, "false: the cache was made without --flip")
         interpolation = options.interpolation
         _check(interpolation == settings.interpolation, "interpolation", interpolation, settings.interpolation)
@@ -286,11 +286,17 @@ def reference_index(cached: ShardIndex, images: ShardIndex) -> ShardIndex:
     Raises:
         ValueError: if they are not the same samples.
     """
-    found = images.select(np.isin(images.sample_id, cached.sample_id), "the cached ones")
-    if not np.array_equal(found.key_hash("reference"), cached.key_hash("reference")):
+    kept = np.zeros(len(images), dtype=bool)
+    is_same = len(images) == len(cached.columns)
+    if is_same:
+        kept[np.asarray(cached.sample_id[:])] = True
+        found = images.select(kept, "the cached ones")
+        some = np.unique(np.linspace(0, len(cached) - 1, _COMPARED).astype(np.int64)).tolist()
+        is_same = all(found.key(row) == cached.key(row) for row in some)
+    if not is_same:
         raise ValueError(
-            f"the {len(found)} real images are not the {len(cached)} samples of the cache; allowed are the shards it "
-            "was made of, in the same order; change `data.latents.reference_shards`"
+            f"the {len(images)} real images are not the {len(cached.columns)} samples of the cache; allowed are the "
+            "shards it was made of, in the same order; change `data.latents.reference_shards`"
         )
     return found
 
@@ -301,10 +307,11 @@ class LatentTextDataset(ImageTextDataset):
     Arguments as in `ImageTextDataset`. What a sample keeps as its image are the moments (V, k C, h, w).
     """
 
-    def _make(self, epoch: int, row: int) -> Sample:
-        moments = unpack(self.index.read(self.reader, row, IMAGE)).moments
-        return Sample(moments, self._caption(row), self._label(row), None)
+    def _make(self, row: int, draws: Draws, shape: Shape) -> Sample:
+        cached = unpack(self.index.read(self.reader, row, IMAGE))
+        cut_off = margins(cached.source_size, cached.box, shape)
+        return Sample(cached.moments, *self._texts(row), None, cached.source_size, cut_off)
 
-    def _put(self, batch: ImageTextBatch, samples: Sequence[Sample], flip: Tensor | None) -> None:
-        versions = [0] * len(samples) if flip is None else flip.int().tolist()
-        batch["moments"] = torch.stack([sample.image[v] for sample, v in zip(samples, versions, strict=True)])
+    def _put(self, batch: ImageTextBatch, samples: Sequence[Sample], mirrorings: Sequence[bool]) -> None:
+        pairs = zip(samples, mirrorings, strict=True)
+        batch["moments"] = torch.stack([sample.image[int(mirrored)] for sample, mirrored in pairs])

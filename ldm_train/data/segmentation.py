@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm_train.data.quarantine import SegmentationError
+
 VOID = -1
 _MODES = ("1", "L", "P", "I", "I;16")
 _MAX_CLASSES = 1 << 15  # maps are kept as int16
@@ -94,16 +96,16 @@ class SegmentationMember:
             (H, W) int16.
 
         Raises:
-            ValueError: if the file is of another size or kind, or holds a value that is no class.
+            SegmentationError: if the file is of another size or kind, or holds a value that is no class.
         """
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             if image.size != (width, height):
-                raise ValueError(
+                raise SegmentationError(
                     f"the map is {image.width} x {image.height} where the image is {width} x {height}; both must be of "
                     "one size; mend the `data.segmentation.extension` members"
                 )
             if image.mode not in _MODES:
-                raise ValueError(
+                raise SegmentationError(
                     f"the map has the channels {image.mode}; allowed is a PNG of one channel, grey or palette, whose "
                     "values are the classes; mend the `data.segmentation.extension` members"
                 )
@@ -111,7 +113,7 @@ class SegmentationMember:
         is_void = np.zeros_like(values, dtype=bool) if self.void is None else values == self.void
         largest = int(values.max(where=~is_void, initial=0))
         if largest >= self.num_classes:
-            raise ValueError(
+            raise SegmentationError(
                 f"the map holds the value {largest}; allowed are 0 to {self.num_classes - 1}; change "
                 "`data.segmentation.num_classes`, or name it as `data.segmentation.void`"
             )

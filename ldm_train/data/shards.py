@@ -22,6 +22,9 @@ _CHAIN = 1024  # headers followed before their checksums are verified together
 _SCAN = 1 << 20
 _MAX_NAME_RECORD = 1 << 16
 _REGULAR = (b"0", b"\0", b"7")
+_EMPTY = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: no data follow, whatever size they say
+_SILENT = (b"5", b"g", b"K", b"V")  # folders and what describes other members
+_LONGEST_END = 1024 + 10240  # the mark, and what fills the last record of twenty blocks
 _CHECKSUM = slice(148, 156)
 
 
@@ -70,7 +73,7 @@ def _follow(fd: int, offset: int, file_size: int) -> tuple[list[tuple[int, bytes
             buffer, start = os.pread(fd, _READ_AHEAD, offset), offset
             header = buffer[:_BLOCK]
         try:
-            size = _number(header[124:136])
+            size = 0 if header[156:157] in _EMPTY else _number(header[124:136])
         except ValueError:
             break
         if len(header) < _BLOCK or not header.rstrip(b"\0"):
@@ -129,6 +132,8 @@ def _headers(fd: int, size: int, damage: list[str]) -> list[tuple[int, bytes]]:
             break
         following = _next_header(fd, broken + _BLOCK)
         if following is None and _is_padding(fd, broken):
+            if size - broken > _LONGEST_END:
+                damage.append(f"nothing but zeros from byte {broken} to the end of the shard at byte {size}")
             return headers
         until = "the end of the shard" if following is None else f"byte {following}"
         damage.append(f"no header at byte {broken}: nothing could be read up to {until}")
@@ -145,8 +150,8 @@ def _pax_path(data: bytes) -> str | None:
     while data:
         length = int(data.partition(b" ")[0])
         keyword, _, value = data[:length].partition(b" ")[2].removesuffix(b"\n").partition(b"=")
-        if length <= 0:
-            raise ValueError("a pax record without length")
+        if length <= 0 or data[length - 1 : length] != b"\n":
+            raise ValueError("a pax record of another length than it says")
         if keyword == b"path":
             path = _text(value)
         data = data[length:]
@@ -178,16 +183,19 @@ def scan_shard(path: str | Path) -> tuple[list[Member], list[str]]:
     try:
         file_size = os.fstat(fd).st_size
         long_name: str | None = None
+        named = -1  # where the header must lie that the long name belongs to
         for offset, header in _headers(fd, file_size, damage):
             kind, size, data = header[156:157], _number(header[124:136]), offset + _BLOCK
             if kind in (b"L", b"x"):
-                long_name = _long_name(fd, kind, data, size, damage)
+                long_name, named = _long_name(fd, kind, data, size, damage), data + size + -size % _BLOCK
                 continue
-            name, long_name = long_name or _plain_name(header), None
+            name, long_name = (long_name if offset == named else None) or _plain_name(header), None
             if kind in _REGULAR and data + size > file_size:
                 damage.append(f"member {name} is cut by the end of the file")
             elif kind in _REGULAR:
                 members.append(Member(name, data, size))
+            elif kind not in _SILENT:
+                damage.append(f"member {name} is a link, a device or of another kind ({kind!r}), and no file")
     finally:
         os.close(fd)
     return members, damage

@@ -1,9 +1,10 @@
-"""From the bytes of an image file to a square of pixels.
+"""From the bytes of an image file to pixels of a shape.
 
 Decoding: torchvision where the file is plain, Pillow for what needs care: EXIF orientation, transparency (over white),
 CMYK, 16 bits, palettes, animations (the first frame). The header is judged before a pixel is decoded, so that a small
-file that claims to be huge costs nothing. Resizing: torch's antialiased uint8 kernel, several times as fast as
-Pillow's. The square is cut out before it is resized, so that an image 1 pixel high does not become a mile long.
+file that claims to be huge costs nothing. A cut file is refused, never completed with grey. Colour profiles are
+ignored: values are taken as sRGB. Resizing: torch's antialiased uint8 kernel, several times as fast as Pillow's. The
+part that is shown is cut out before it is resized, so that an image 1 pixel high does not become a mile long.
 """
 
 import io
@@ -16,9 +17,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
+from ldm_train.data.crops import Box, Shape, covering_box
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 _PLAIN_MODES = ("RGB", "L")
 _ORIENTATION = 0x0112
+_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive Huffman-coded JPEG
+_START_OF_SCAN = 0xDA
+_RECORDS_WITH_CARE = {0xE1: b"Exif", 0xE2: b"MPF\0"}  # orientation; several pictures in one file
+_WITHOUT_LENGTH = (0x00, 0x01, *range(0xD0, 0xDA), 0xFF)
 
 
 class ImageTooLargeError(ValueError):
@@ -35,22 +42,64 @@ def decode_rgb(data: bytes, max_pixels: int = 1 << 26) -> Tensor:
     Returns:
         (3, H, W) uint8 sRGB, upright.
     """
+    if (size := plain_jpeg_size(data)) is not None:
+        _require(size, max_pixels)
+        with suppress(RuntimeError):
+            return _decode_plain(data)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageTooLargeError(f"{width} x {height} pixels are more than data.max_pixels={max_pixels}")
+        _require(image.size, max_pixels)
         if _is_plain(image):
             with suppress(RuntimeError):  # Pillow reads some kinds of JPEG that torchvision refuses
-                pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+                pixels = _decode_plain(data)
                 if pixels.dtype == torch.uint8:  # 16-bit files come as uint16
                     return pixels
         return _decode_with_care(image)
 
 
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG that shows what it stores, by its markers (ITU-T T.81, annex B).
+
+    That is: 8 bits, grey or three components, no EXIF record that could turn it, one picture. None: something else, or
+    unclear; Pillow, which takes several times as long to open a file, has to look.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    place, size = 2, None
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        kind, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        if kind == _START_OF_SCAN:
+            return size
+        record = _RECORDS_WITH_CARE.get(kind)
+        if kind in _WITHOUT_LENGTH or length < 2 or (record is not None and data.startswith(record, place + 4)):
+            return None
+        if kind in _FRAMES:
+            precision, components = data[place + 4 : place + 5], data[place + 9 : place + 10]
+            if precision != b"\x08" or components not in (b"\x01", b"\x03"):
+                return None
+            height = int.from_bytes(data[place + 5 : place + 7], "big")
+            size = int.from_bytes(data[place + 7 : place + 9], "big"), height
+        place += 2 + length
+    return None
+
+
+def _require(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ImageTooLargeError(f"{width} x {height} pixels are more than data.max_pixels={max_pixels}")
+
+
+def _decode_plain(data: bytes) -> Tensor:
+    return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+
 def _is_plain(image: Image.Image) -> bool:
-    """Whether torchvision gives the picture a person sees; it ignores orientation, transparency and frames."""
+    """Whether torchvision gives the picture a person sees; it ignores orientation, transparency and frames.
+
+    No PNG is plain: torchvision's decoder crashes the process on damaged data instead of raising an error.
+    """
     return (
-        image.mode in _PLAIN_MODES
+        image.format != "PNG"
+        and image.mode in _PLAIN_MODES
         and not image.has_transparency_data
         and not getattr(image, "is_animated", False)
         and ("exif" not in image.info or image.getexif().get(_ORIENTATION, 1) == 1)
@@ -69,30 +118,30 @@ def _decode_with_care(image: Image.Image) -> Tensor:
     return pixels.view(rgb.height, rgb.width, 3).permute(2, 0, 1)
 
 
-def crop_square(image: Tensor, place: float = 0.5) -> Tensor:
-    """The largest square of (C, H, W); `place` in [0, 1) slides it along the longer side, 0.5 is the centre."""
-    height, width = image.shape[-2:]
-    side = min(height, width)
-    begin = int(place * (max(height, width) - side + 1))
-    return image[..., begin : begin + side, :] if height > width else image[..., begin : begin + side]
+def cut(image: Tensor, box: Box) -> Tensor:
+    """The pixels (..., h, w) of an image or map (..., H, W) inside of a box, without a copy."""
+    return image[..., box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def resize(image: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
-    """A square (3, side, side) uint8 image at (3, size, size), antialiased; `bicubic` or `bilinear`."""
-    if image.shape[-1] == size:
+def resize(image: Tensor, shape: Shape, interpolation: str = "bicubic") -> Tensor:
+    """An image (3, H, W) uint8 at (3, h, w), antialiased; `bicubic` or `bilinear`."""
+    if image.shape[-2:] == shape:
         return image.contiguous()
-    return F.interpolate(image[None], size=(size, size), mode=interpolation, antialias=True)[0].contiguous()
+    return F.interpolate(image[None], size=shape, mode=interpolation, antialias=True)[0].contiguous()
 
 
-def resize_classes(classes: Tensor, size: int) -> Tensor:
-    """A square map (side, side) of classes at (size, size): each pixel takes the class at its centre."""
-    centres = (torch.arange(size) * 2 + 1) * classes.shape[-1] // (2 * size)
-    return classes[centres[:, None], centres]
+def resize_classes(classes: Tensor, shape: Shape) -> Tensor:
+    """A map (H, W) of classes at (h, w): each pixel takes the class at its centre."""
+    rows, columns = (
+        (torch.arange(new) * 2 + 1) * old // (2 * new) for new, old in zip(shape, classes.shape, strict=True)
+    )
+    return classes[rows[:, None], columns]
 
 
-def flip_where(images: Tensor, flip: Tensor) -> Tensor:
-    """Mirror those of B images or maps (B, ..., H, W) left to right for which `flip` (B,) is true."""
-    return torch.where(flip.reshape(-1, *[1] * (images.dim() - 1)), images.flip(-1), images)
+def center_square(image: Tensor, size: int) -> Tensor:
+    """The largest square in the middle of an image (3, H, W) uint8 at (3, size, size)."""
+    shape = Shape(size, size)
+    return resize(cut(image, covering_box(Shape(*image.shape[-2:]), shape)), shape)
 
 
 def to_signed_unit(images: Tensor) -> Tensor:

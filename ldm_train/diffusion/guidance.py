@@ -69,7 +69,9 @@ class GuidedDenoiser:
         scales = self.schedule.scales(t, x_t.ndim)
         v, v_conditional = (velocity(denoised.x_0, denoised.noise, *scales) for denoised in (guided, conditional))
         dims = tuple(range(1, x_t.ndim))
-        factor = v_conditional.std(dims, keepdim=True) / v.std(dims, keepdim=True)
+        spread, conditional_spread = (estimate.std(dims, keepdim=True) for estimate in (v, v_conditional))
+        # A network that is not trained yet says zero everywhere.
+        factor = torch.where(spread > 0, conditional_spread / spread, torch.ones_like(spread))
         x_0 = x_0_from_velocity(x_t, v * (self.rescale * factor + 1.0 - self.rescale), *scales)
         return guided._replace(x_0=x_0, noise=noise_from_x_0(x_t, x_0, *scales))
 

@@ -20,6 +20,7 @@ All draws are functions of the keys of the samples, see `ldm_train.randomness`.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ldm_train.batch import Conditioning
@@ -56,7 +57,8 @@ class DiffusionObjective(nn.Module):
         times: how times are drawn; `None` is `UniformTimes`.
         offset_noise: a, usually 0 or 0.1.
         input_perturbation: b, usually 0 or 0.1.
-        bound_weight: of the bound in the loss of a denoiser with a learned variance; unused with a fixed one.
+        bound_weight: of the bound in the loss of a denoiser with a learned variance, 0.001 in the paper; `None` with a
+            fixed one.
         decoder: of the bound: `gaussian` for latents, `discrete` for 8-bit pixels.
 
     Raises:
@@ -69,14 +71,14 @@ class DiffusionObjective(nn.Module):
         times: Times | None = None,
         offset_noise: float = 0.0,
         input_perturbation: float = 0.0,
-        bound_weight: float = 0.001,
+        bound_weight: float | None = None,
         decoder: Decoder = "gaussian",
     ) -> None:
         super().__init__()
         _require(offset_noise >= 0, "offset_noise", offset_noise, "numbers from 0, which is off; 0.1 is usual")
         _require(input_perturbation >= 0, "input_perturbation", input_perturbation, "numbers from 0, which is off")
-        # Without a weight nothing would teach the variance.
-        _require(bound_weight > 0, "bound_weight", bound_weight, "positive numbers, 0.001 is usual")
+        is_weight = bound_weight is None or bound_weight > 0
+        _require(is_weight, "bound_weight", bound_weight, "positive numbers, 0.001 is usual, or null")
         _require(decoder in ("gaussian", "discrete"), "decoder", repr(decoder), "gaussian and discrete")
         self.weighting = Uniform() if weighting is None else weighting
         self.times = UniformTimes() if times is None else times
@@ -100,6 +102,28 @@ class DiffusionObjective(nn.Module):
         self.times.observe(t, loss.detach(), keys)
         return DiffusionLoss(share * loss, t, error.detach())
 
+    def check(self, denoiser: Denoiser) -> None:
+        """Refuse a denoiser that this objective would not train as a whole.
+
+        Raises:
+            ValueError: if a learned variance has no bound to teach it or a fixed one has, the weighting is made for
+                another variance, or gives a time no weight.
+        """
+        is_learned = denoiser.variance == "learned"
+        rule = "positive numbers for a learned variance (`objective=hybrid`) and null for a fixed one, as "
+        rule += f"`stage.denoiser.variance` is {denoiser.variance}"
+        _require(is_learned == (self.bound_weight is not None), "bound_weight", self.bound_weight, rule)
+        made_for = self.weighting.variance
+        rule = f"{denoiser.variance}, as `stage.denoiser.variance`"
+        _require(made_for in (None, denoiser.variance), "weighting.variance", made_for, rule)
+        unseen = torch.nonzero(self.weighting.weight(denoiser.schedule, denoiser.prediction) <= 0).flatten().tolist()
+        if unseen:
+            raise ValueError(
+                f"{type(self.weighting).__name__} gives time {unseen[0]} no weight, where the schedule has no signal "
+                "and sampling begins: it would never be trained; allowed there are weightings such as Uniform; set "
+                "`objective=simple` or `schedule.zero_terminal_snr=false`"
+            )
+
     def weight(self, denoiser: Denoiser, t: Tensor) -> Tensor:
         """w(t) for what the denoiser predicts: (B,) float32."""
         schedule, prediction = denoiser.schedule, denoiser.prediction
@@ -122,6 +146,7 @@ class DiffusionObjective(nn.Module):
 
     def _bound(self, denoiser: Denoiser, prediction: RawPrediction, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The weighted bound, with a gradient to the variance alone: (B,)."""
+        assert self.bound_weight is not None, "see `check`"
         schedule = denoiser.schedule
         estimate = denoiser.interpret(prediction, x_t, t).x_0.detach()
         fraction = prediction.variance_fraction

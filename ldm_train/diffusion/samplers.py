@@ -49,7 +49,8 @@ def sampling_times(num_train_steps: int, num_steps: int, spacing: Spacing) -> li
         `num_steps` distinct times in [0, T).
 
     Raises:
-        ValueError: for more steps than times, fewer than one, or an unknown spacing.
+        ValueError: for more steps than times, fewer than one, an unknown spacing, or a number of steps whose leading
+            times begin far from the noise that sampling begins with.
     """
     if not 1 <= num_steps <= num_train_steps:
         raise ValueError(
@@ -59,6 +60,13 @@ def sampling_times(num_train_steps: int, num_steps: int, spacing: Spacing) -> li
     _check_spacing(spacing)
     if spacing == "leading":
         first, stride = int(num_steps < num_train_steps), num_train_steps // num_steps
+        begin = first + (num_steps - 1) * stride
+        if 3 * begin < 2 * (num_train_steps - 1):
+            raise ValueError(
+                f"num_steps is {num_steps}, which with leading spacing begins at time {begin} of {num_train_steps}, "
+                "far from the noise that sampling begins with; allowed are those that begin in the last third, as 3 "
+                f"to {num_train_steps // 2}; change `sampler.num_steps` or set `sampler.spacing=trailing`"
+            )
         return [first + i * stride for i in reversed(range(num_steps))]
     if spacing == "linspace":
         return [round(t) for t in torch.linspace(num_train_steps - 1, 0, num_steps, dtype=torch.float64).tolist()]
@@ -235,8 +243,18 @@ class Sampler(ABC):
         """From `x` (B, C, H, W), at the first step's t: x_s and the estimate of x_0, after each step."""
 
     def steps(self, schedule: NoiseSchedule) -> list[Step]:
-        """All steps under a schedule, in order."""
+        """All steps under a schedule, in order.
+
+        Raises:
+            ValueError: if the schedule has fewer times, or ends in pure noise, where the steps would not begin.
+        """
         times = sampling_times(schedule.num_steps, self.num_steps, self.spacing)
+        if schedule.has_zero_terminal_snr and times[0] != schedule.num_steps - 1:
+            raise ValueError(
+                f"spacing {self.spacing!r} begins at time {times[0]} of a schedule whose pure noise is at "
+                f"{schedule.num_steps - 1}; allowed with zero terminal SNR are trailing and linspace; set "
+                "`sampler.spacing=trailing` or `schedule.zero_terminal_snr=false`"
+            )
         end = 0 if self.final_alpha == "first" and times[-1] > 0 else -1
         levels = [level(schedule, t) for t in (*times, end)]
         return [Step(i, levels[i - 1], levels[i]) for i in range(1, len(levels))]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ldm_train.diffusion.denoiser import Prediction
-from ldm_train.diffusion.process import reverse_variance
+from ldm_train.diffusion.process import Variance, reverse_variance
 from ldm_train.diffusion.schedule import NoiseSchedule
 
 
@@ -45,7 +45,13 @@ def from_x_0(weight: Tensor, schedule: NoiseSchedule, prediction: Prediction) ->
 
 
 class Weighting(ABC):
-    """A weight for each time."""
+    """A weight for each time.
+
+    Attributes:
+        variance: of the reverse step that the weight is made for; `None` if it has nothing to do with one.
+    """
+
+    variance: Variance | None = None
 
     @abstractmethod
     def weight(self, schedule: NoiseSchedule, prediction: Prediction) -> Tensor:

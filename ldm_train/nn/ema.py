@@ -45,8 +45,7 @@ class ExponentialMovingAverage:
         num_updates: n, the updates made so far.
 
     Raises:
-        ValueError: neither or both of `decay` and `half_life_images` are given, or one is out of range, or the device
-            is another.
+        ValueError: see `check`.
     """
 
     def __init__(
@@ -57,6 +56,25 @@ class ExponentialMovingAverage:
         without: tuple[str, ...] = (),
         device: str | None = None,
     ) -> None:
+        self.check(decay, half_life_images, device)
+        self.decay, self.half_life_images, self.device = decay, half_life_images, device
+        self.num_updates = 0
+        self.average: dict[str, Tensor] = {
+            name: parameter.detach().to(device, torch.float32, copy=True)
+            for name, parameter in _trainable(module).items()
+            if not name.startswith(without or ("\0",))
+        }
+        self._pinned: dict[str, Tensor] = {}  # host memory that a GPU can write to while others are under way
+        self.raw: dict[str, Tensor] | None = None  # the parameters' own values while the averages stand in for them
+
+    @staticmethod
+    def check(decay: float | None, half_life_images: float | None, device: str | None) -> None:
+        """Refuse arguments that describe no average.
+
+        Raises:
+            ValueError: neither or both of `decay` and `half_life_images` are given, or one is out of range, or the
+                device is another.
+        """
         if (decay is None) == (half_life_images is None):
             raise ValueError(
                 f"EMA found decay={decay} and half_life_images={half_life_images}; exactly one of the two is allowed: "
@@ -72,15 +90,6 @@ class ExponentialMovingAverage:
                 f"EMA found device={device!r}; allowed are cpu (on the host) and null (beside the parameters): change "
                 "`callbacks.ema.device`."
             )
-        self.decay, self.half_life_images, self.device = decay, half_life_images, device
-        self.num_updates = 0
-        self.average: dict[str, Tensor] = {
-            name: parameter.detach().to(device, torch.float32, copy=True)
-            for name, parameter in _trainable(module).items()
-            if not name.startswith(without or ("\0",))
-        }
-        self._pinned: dict[str, Tensor] = {}  # host memory that a GPU can write to while others are under way
-        self.raw: dict[str, Tensor] | None = None  # the parameters' own values while the averages stand in for them
 
     def next_decay(self, images: int = 1) -> float:
         """d_n of the next update, after `images` images since the last one."""

@@ -11,7 +11,7 @@ that. So the three products of a layer ask oneDNN,
 
 A convolution over fewer positions than it has channels, as at the coarse levels of a U-Net, spends most of its time on
 moving weights into the order of its kernel. There the few patches are moved instead, and the rest is the product above.
-Everything else, other devices, other types and autocast, goes torch's way.
+Everything else, other devices, other types, autocast and compiled networks, goes torch's way.
 
 Letters: B batch, N tokens or positions, C and C' channels in and out, H and W height and width.
 """
@@ -123,7 +123,9 @@ class _OneDNNLinear(torch.autograd.Function):
 
 def _asks_onednn(x: Tensor, weight: Tensor) -> bool:
     plain = x.is_cpu and x.dtype == weight.dtype == torch.float32
-    return _HAS_ONEDNN and plain and not torch.is_autocast_enabled("cpu")
+    # A compiler chooses its products itself, and takes oneDNN's for frozen weights alone.
+    is_choice = _HAS_ONEDNN and not torch.compiler.is_compiling()
+    return is_choice and plain and not torch.is_autocast_enabled("cpu")
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

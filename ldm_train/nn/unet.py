@@ -45,7 +45,8 @@ class UNet(nn.Module):
             has the last.
         linear_projection: see `SpatialTransformer`.
         norm_groups: groups of all group normalisations; must divide every width.
-        dropout: in the residual blocks.
+        dropout: in the residual blocks. A stage draws the masks by step and process: the same after a resume, but with
+            another number of processes others.
         concat_channels: channels of `Conditioning.concat`, which joins the latents; 0 for none.
         attention: `transformer`, or `plain`: only between positions, without context and feed-forward.
         time_modulation: `add` the time embedding, or let it `scale_shift` the normalised features, see `ResidualBlock`.

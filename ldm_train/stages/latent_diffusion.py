@@ -20,6 +20,7 @@ from ldm_train.checkpoint import check_digest, digest, drop_prefixes, strict_loa
 from ldm_train.conditioning import Conditioner
 from ldm_train.diffusion import (
     ClassifierFreeGuidance,
+    Decoder,
     Denoiser,
     DiffusionLoss,
     DiffusionObjective,
@@ -28,8 +29,9 @@ from ldm_train.diffusion import (
     SamplerState,
     add_noise,
 )
-from ldm_train.nn import FirstStage
-from ldm_train.randomness import SampleKeys, Stream, normal
+from ldm_train.distributed import global_rank, world_size
+from ldm_train.nn import FirstStage, Pixels
+from ldm_train.randomness import SampleKeys, Stream, normal, random_words
 from ldm_train.stages.moments import Moments
 from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory, optimizers, trainable
 
@@ -74,7 +76,9 @@ class LatentDiffusion(L.LightningModule):
         compile_network: compile the network at its first use; in place, so that the names of its weights stay.
 
     Raises:
-        ValueError: for an unknown `posterior`, or if what the conditioner gives is not what the network takes.
+        ValueError: for an unknown `posterior`, or for parts that contradict each other: what the conditioner gives is
+            not what the network takes, the sampler or the objective does not fit the schedule or the variance, there is
+            nothing that guidance could leave out.
         RuntimeError: if the autoencoder is not calibrated.
     """
 
@@ -98,6 +102,8 @@ class LatentDiffusion(L.LightningModule):
         if posterior not in ("sample", "mode"):
             raise ValueError(f"posterior is {posterior!r}; allowed are sample and mode; change `stage.posterior`")
         _check_widths(denoiser.network, autoencoder, conditioner)
+        _check_sampling(denoiser, conditioner, sampler, guidance)
+        objective.check(denoiser)
         if compile_network:
             denoiser.network.compile()
         self.denoiser = denoiser
@@ -111,6 +117,8 @@ class LatentDiffusion(L.LightningModule):
         self.moments = moments
         self.posterior = posterior
         self.seed = seed
+        _check_decoder(objective, denoiser, self.likelihood_decoder)
+        self._has_dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for part in self.modules())
         self.frozen = {"autoencoder": self.autoencoder}
         self.frozen |= {f"conditioner.{name}": conditioner.get_submodule(name) for name in conditioner.frozen_parts}
         self.digests = {name: digest(part) for name, part in self.frozen.items()}
@@ -119,6 +127,8 @@ class LatentDiffusion(L.LightningModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> dict[str, Tensor]:
         """One noising, one prediction, one loss; with the times and their errors, for those who watch."""
+        if self._has_dropout:
+            self._seed_dropout(batch["epoch"], batch_idx)
         loss = self._loss(batch, self.conditioner.draw_drop(self.seed, batch["epoch"], batch["sample_id"]))
         self.log("train/loss", loss["loss"].detach(), sync_dist=True)  # of all processes: what one would log
         return loss
@@ -146,6 +156,11 @@ class LatentDiffusion(L.LightningModule):
     def condition(self, batch: ImageTextBatch, drop: Tensor | None = None) -> Conditioning:
         """What the network is conditioned on, for the B examples of a batch; `drop` (B,) marks null conditions."""
         return self.conditioner(batch, self.autoencoder, drop)
+
+    @property
+    def likelihood_decoder(self) -> Decoder:
+        """What the last step of the chain ends in: 8-bit pixels, or latents."""
+        return "discrete" if isinstance(self.autoencoder, Pixels) else "gaussian"
 
     def keys(self, batch: ImageTextBatch) -> SampleKeys:
         """What keys every draw made for a batch."""
@@ -249,6 +264,12 @@ class LatentDiffusion(L.LightningModule):
         )
         return {"loss": found.per_example.mean(), "t": found.t, "square_error": found.square_error}
 
+    def _seed_dropout(self, epoch: int, batch_idx: int) -> None:
+        """Let the masks, which torch draws, be a function of (seed, epoch, step, rank)."""
+        step = torch.tensor([batch_idx * world_size() + global_rank()])
+        low, high = random_words(self.seed, epoch, step, Stream.DROPOUT, 2)[0].tolist()
+        torch.manual_seed(low | high << 32)
+
     def _keyed_normal(self, size: Sequence[int], epoch: int, ids: Tensor, stream: Stream) -> Tensor:
         return normal(self.seed, epoch, ids, stream, (self.autoencoder.latent_channels, *size))
 
@@ -256,6 +277,28 @@ class LatentDiffusion(L.LightningModule):
 def _wholly_known(known: Tensor, x_0: Tensor) -> Tensor:
     """The mask (B, 1, H, W) for latents (B, C, h, w): a latent is known if all its pixels are: (B, 1, h, w)."""
     return 1.0 - F.adaptive_max_pool2d(1.0 - known, x_0.shape[-2:])
+
+
+def _check_sampling(
+    denoiser: Denoiser, conditioner: Conditioner, sampler: Sampler, guidance: ClassifierFreeGuidance
+) -> None:
+    """Refuse, with ValueError, what would fail or mean nothing only when the first images are made."""
+    sampler.steps(denoiser.schedule)
+    conditions = (conditioner.context_dim, conditioner.vector_dim, conditioner.concat_channels)
+    if guidance.scale != 1.0 and not any(conditions):
+        raise ValueError(
+            f"the guidance scale is {guidance.scale} and the conditioner gives no condition to leave out; allowed is "
+            "1; set `guidance=none`"
+        )
+
+
+def _check_decoder(objective: DiffusionObjective, denoiser: Denoiser, needed: Decoder) -> None:
+    """Refuse, with ValueError, to learn a variance from the likelihood of another kind of data."""
+    if denoiser.variance == "learned" and objective.decoder != needed:
+        raise ValueError(
+            f"decoder is {objective.decoder}; allowed is {needed}: discrete for 8-bit pixels (`autoencoder=pixels`), "
+            "gaussian for latents; change `objective.decoder`"
+        )
 
 
 def _check_widths(network: nn.Module, first_stage: FirstStage, conditioner: Conditioner) -> None:

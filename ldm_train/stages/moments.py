@@ -59,10 +59,11 @@ class RememberedMoments:
         """
         image = batch["image"]
         keys = [blake2b(pixels.numpy().tobytes(), digest_size=16).digest() for pixels in image.cpu()]
-        new = [i for i, key in enumerate(keys) if key not in self._moments]
-        if new:
-            for i, moments in zip(new, autoencoder.moments(image[new]).float().cpu(), strict=True):
-                self._moments[keys[i]] = moments
+        for i, key in enumerate(keys):
+            if key not in self._moments:
+                # One at a time: a convolution's rounding depends on how many images it is given, and after a resume an
+                # image is met again in other company than before.
+                self._moments[key] = autoencoder.moments(image[i : i + 1])[0].float().cpu()
         if len(self._moments) > self.max_images:
             raise ValueError(
                 f"more than {self.max_images} different images to remember; allowed are small data sets without "

@@ -1,3 +1,4 @@
+import json
 import time
 
 import lightning as L
@@ -5,7 +6,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ldm_train.callbacks import MetricsCSV, ThroughputMonitor
+from ldm_train.callbacks import MetricsCSV, RunSummary, ThroughputMonitor
+from ldm_train.callbacks.summary import loading_figures
+from ldm_train.callbacks.throughput import _over_ranks
 from tests.callbacks.toy import ToyData, ToyStage, batch_of, trainer_of
 
 WAIT, WORK, PAUSE = 0.03, 0.01, 0.2
@@ -102,3 +105,54 @@ def test_a_profiler_of_the_user_s_still_gets_every_action(tmp_path):
     durations = profiler.recorded_durations
     assert len(durations["[_TrainingEpochLoop].train_dataloader_next"]) >= 6
     assert len(durations["run_training_batch"]) == 6
+
+
+class CountingData(ToyData):
+    """Says what a real data module's workers count: 10 images in 2 seconds a logged step, and one bad caption."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def meters(self):
+        self.reads += 1
+        images = 10 * self.reads + self.reads * (self.reads - 1)  # 10, 22, 36: the rate rises
+        return {"images_made": images, "busy_seconds": 2.0 * self.reads, "bad/caption": self.reads, "cache/hits": 7}
+
+
+def test_meters_of_the_data_are_logged_as_rates_since_the_last_step_and_as_totals(tmp_path, capsys):
+    data = CountingData()
+    callbacks = [ThroughputMonitor(), RunSummary(str(tmp_path))]
+    trainer_of(tmp_path, callbacks, logger=MetricsCSV(tmp_path), limit_val_batches=0).fit(ToyStage(), data)
+    rows = _rows(tmp_path)
+    assert data.reads == len(rows) == 3  # nothing is asked on steps that are not logged
+    assert [row["data/images_per_second_per_worker"] for row in rows] == [5.0, 6.0, 7.0]
+    assert [row["data/bad/caption"] for row in rows] == [1, 2, 3]
+    assert {row["data/cache/hits"] for row in rows} == {7}
+    shown = capsys.readouterr().out
+    assert "7.0 images/s" in shown
+    assert "3 caption" in shown
+
+
+def _sum_over_ranks(rank, directory):
+    torch.distributed.init_process_group("gloo", f"file://{directory}/meet", rank=rank, world_size=2)
+    totals = {"images_made": 10.0 + rank, "bad/label": 2**40 + rank}
+    (directory / f"{rank}.json").write_text(json.dumps(_over_ranks(totals, torch.device("cpu"))))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_totals_of_ranks_are_added_exactly(tmp_path):
+    torch.multiprocessing.spawn(_sum_over_ranks, (tmp_path,), nprocs=2)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found == [{"images_made": 21.0, "bad/label": 2**41 + 1}] * 2
+    assert _over_ranks(found[0], torch.device("cpu")) == found[0]
+
+
+def test_loading_is_told_in_words():
+    silent = {"data/bad/label": 0.0, "data/bad/too_large": 0.0}
+    assert loading_figures({"train/loss": 1.0}) == {}
+    assert loading_figures(silent) == {"bad samples": "none"}
+    assert loading_figures(silent | {"data/bad/label": 1200.0})["bad samples"] == "1,200 label"
+    told = loading_figures({"train/data_wait_share": 0.125, "data/cache/misses": 3.0})
+    assert told == {"waiting for data": "12.5% of the time", "cache misses": "3"}

@@ -15,6 +15,7 @@ from ldm_train.conditioning import (
     MaskConditioner,
     NoConditioner,
     SemanticMapConditioner,
+    SizeConditioner,
     TransformerTextConditioner,
 )
 
@@ -32,6 +33,7 @@ def combined():
         "label": LabelConditioner(NUM_CLASSES, vector_dim=8),
         "map": SemanticMapConditioner(NUM_CLASSES),
         "mask": MaskConditioner(0, concat_channels=5),
+        "size": SizeConditioner(24),
     }
     return CombinedConditioner(parts, drop_rate=0.1)
 
@@ -51,6 +53,7 @@ KINDS = {
     ),
     "mask": lambda: MaskConditioner(0, concat_channels=5),
     "mask_last": lambda: MaskConditioner(0, concat_channels=5, convention="latent_diffusion"),
+    "size": lambda: SizeConditioner(48, drop_rate=0.2),
     "combined": combined,
 }
 

@@ -24,6 +24,8 @@ def batch(captions=CAPTIONS):
         "key": [str(i) for i in index.tolist()],
         "label": torch.tensor([3, 0, 4, 3])[index],
         "segmentation": maps[index],
+        "original_size": torch.tensor([[512, 768], [16, 16], [300, 200], [64, 64]])[index],
+        "crop": torch.tensor([[0, 4], [0, 0], [4, 0], [0, 0]])[index],
     }
 
 

@@ -136,7 +136,7 @@ def test_batches_are_those_of_the_images_encoded(source, tmp_path, flip, workers
     for _ in range(2):
         for a, b in zip(images.train_dataloader(), latents.train_dataloader(), strict=True):
             assert "image" not in b
-            for name in ("sample_id", "position"):
+            for name in ("sample_id", "position", "original_size", "crop"):
                 assert torch.equal(a[name], b[name])
             assert all(a[name] == b[name] for name in ("caption", "key", "epoch"))
             with torch.no_grad():
@@ -170,7 +170,7 @@ def modules_again(module, latents=None):
     ("options", "message"),
     [
         ({"image_size": 16}, "`data.image_size` is 16 with cached latents; allowed is 8"),
-        ({"crop": "random"}, "`data.crop` is random"),
+        ({"crop": "random"}, "`data.crop` is RandomCrop"),
         ({"flip": True}, "`data.flip` is True.*without --flip"),
         ({"interpolation": "bilinear"}, "`data.interpolation` is bilinear"),
     ],

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from ldm_train.data import ColourRegions, ImageTextDataModule, SegmentationMember, build_index
+from ldm_train.data.crops import Shape
 from ldm_train.data.segmentation import VOID, oklab
 from ldm_train.data.transforms import resize_classes
 from tests.data.conftest import encode, sample, write_tar
@@ -48,7 +49,7 @@ def test_maps_are_made_as_small_as_their_images(tmp_path):
     large = ImageTextDataModule(shards, **options | {"image_size": 16}).train_dataloader()
     small = ImageTextDataModule(shards, **options | {"image_size": 6}).train_dataloader()
     for whole, less in zip(large, small, strict=True):
-        resized = [resize_classes(classes, 6) for classes in whole["segmentation"]]
+        resized = [resize_classes(classes, Shape(6, 6)) for classes in whole["segmentation"]]
         assert torch.equal(less["segmentation"], torch.stack(resized))
 
 
@@ -56,8 +57,8 @@ def test_indexing_maps_changes_neither_rows_nor_fingerprint(tmp_path):
     path = with_maps(tmp_path / "a.tar")
     plain, mapped = build_index([path]), build_index([path], segmentation="seg.png")
     assert mapped.fingerprint == plain.fingerprint
-    assert np.array_equal(mapped.offsets[:, :3], plain.offsets)
-    assert np.array_equal(mapped.sizes[:, :3], plain.sizes)
+    assert np.array_equal(mapped.columns.offsets[:, :3], plain.columns.offsets)
+    assert np.array_equal(mapped.columns.sizes[:, :3], plain.columns.sizes)
     assert plain.offsets.shape == (12, 3)
 
 
@@ -123,10 +124,10 @@ def test_impossible_arguments_are_refused(make, key):
 
 def test_resizing_takes_the_class_at_each_pixels_centre():
     classes = torch.from_numpy(GENERATOR.integers(0, 9, (12, 12)))
-    assert torch.equal(resize_classes(classes, 12), classes)
-    assert torch.equal(resize_classes(classes, 4), classes[1::3, 1::3])
-    assert torch.equal(resize_classes(resize_classes(classes, 36), 12), classes)
-    assert torch.equal(resize_classes(classes.flip(-1), 4), resize_classes(classes, 4).flip(-1))
+    assert torch.equal(resize_classes(classes, Shape(12, 12)), classes)
+    assert torch.equal(resize_classes(classes, Shape(4, 4)), classes[1::3, 1::3])
+    assert torch.equal(resize_classes(resize_classes(classes, Shape(36, 36)), Shape(12, 12)), classes)
+    assert torch.equal(resize_classes(classes.flip(-1), Shape(4, 4)), resize_classes(classes, Shape(4, 4)).flip(-1))
 
 
 def test_oklab_has_its_published_axes():

@@ -45,7 +45,9 @@ def test_folders_links_and_leading_dots(tmp_path):
         info = tarfile.TarInfo("./folder/a.png")
         info.size = 3
         tar.addfile(info, io.BytesIO(b"abc"))
-    assert read_back(path) == ([("folder/a.png", b"abc")], [])
+    members, damage = read_back(path)
+    assert members == [("folder/a.png", b"abc")]
+    assert [line.partition(" is ")[0] for line in damage] == ["member link.png", "member hard.png"]
 
 
 @pytest.mark.parametrize("harm", ["zeroed", "flipped"])

@@ -6,10 +6,20 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
 
 from ldm_train.data import transforms
-from ldm_train.data.transforms import ImageTooLargeError, crop_square, decode_rgb, flip_where, resize, to_signed_unit
+from ldm_train.data.crops import Shape
+from ldm_train.data.transforms import (
+    ImageTooLargeError,
+    center_square,
+    decode_rgb,
+    plain_jpeg_size,
+    resize,
+    to_signed_unit,
+)
 from tests.data.conftest import encode
 
 GENERATOR = np.random.default_rng(0)
@@ -40,6 +50,7 @@ def test_both_routes_give_the_same_pixels(monkeypatch):
     data = [encode(NOISE), encode(NOISE, "WEBP", lossless=True), encode(NOISE[..., 0])]
     plain = [decoded(file) for file in data]
     monkeypatch.setattr(transforms, "_is_plain", lambda image: False)
+    monkeypatch.setattr(transforms, "plain_jpeg_size", lambda data: None)
     assert all(np.array_equal(a, decoded(file)) for a, file in zip(plain, data, strict=True))
 
 
@@ -147,37 +158,17 @@ def test_other_formats_are_refused(kind):
         decode_rgb(encode(NOISE, kind))
 
 
-def test_crop_slides_along_the_longer_side():
-    image = torch.arange(7).expand(3, 4, 7)
-    for place, begin in ((0.0, 0), (0.24, 0), (0.26, 1), (0.5, 2), (0.9999999, 3)):
-        for turned in (image, image.transpose(1, 2)):
-            square = crop_square(turned, place)
-            assert square.shape == (3, 4, 4)
-            assert square.unique().tolist() == list(range(begin, begin + 4))
-    assert crop_square(torch.zeros(3, 4, 5), 0.5).shape == (3, 4, 4)
-    assert torch.equal(crop_square(image[..., :4], 0.7), image[..., :4])
-
-
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_resize_keeps_constants_means_and_equal_sizes(interpolation):
     noise = torch.from_numpy(GENERATOR.integers(0, 256, (3, 64, 64), dtype=np.uint8))
-    assert torch.equal(resize(noise, 64, interpolation), noise)
-    assert (resize(torch.full((3, 50, 50), 77, dtype=torch.uint8), 16, interpolation) == 77).all()
-    small = resize(noise, 8, interpolation).float()
+    assert torch.equal(resize(noise, Shape(64, 64), interpolation), noise)
+    assert (resize(torch.full((3, 50, 50), 77, dtype=torch.uint8), Shape(16, 12), interpolation) == 77).all()
+    small = resize(noise, Shape(8, 8), interpolation).float()
     assert abs(small.mean() - noise.float().mean()) < 2
     # Antialiasing averages 64 pixels: the deviation falls to about an eighth.
     assert small.std() < noise.float().std() / 4
     exact = torch.nn.functional.interpolate(noise[None].double(), (8, 8), mode=interpolation, antialias=True)[0]
     assert (small - exact.clamp(0, 255)).abs().max() <= 1.5
-
-
-def test_flip_mirrors_the_chosen_images_only():
-    images = torch.from_numpy(GENERATOR.integers(0, 256, (4, 3, 5, 6), dtype=np.uint8))
-    choice = torch.tensor([True, False, True, False])
-    flipped = flip_where(images, choice)
-    assert torch.equal(flipped[1::2], images[1::2])
-    assert torch.equal(flipped[0, :, :, 0], images[0, :, :, -1])
-    assert torch.equal(flip_where(flipped, choice), images)
 
 
 def test_signed_unit_is_exact_at_the_ends_and_invertible():
@@ -186,3 +177,87 @@ def test_signed_unit_is_exact_at_the_ends_and_invertible():
     assert (signed[0], signed[255], signed.dtype) == (-1.0, 1.0, torch.float32)
     assert torch.equal(((signed + 1) * 127.5).round().to(torch.uint8), values)
     assert torch.allclose(signed, -signed.flip(0), atol=1e-6)
+
+
+def test_the_center_square_is_cut_before_it_is_resized():
+    wide = torch.zeros(3, 10, 30, dtype=torch.uint8)
+    wide[..., 10:20] = 200
+    assert (center_square(wide, 5) == 200).all()
+    assert torch.equal(center_square(wide, 10), wide[..., 10:20])
+
+
+JPEGS = {
+    "baseline": (SMOOTH, {}),
+    "progressive": (SMOOTH, {"progressive": True}),
+    "grey": (SMOOTH[..., 0], {}),
+    "commented": (SMOOTH, {"comment": b"\xff\xda\xff\xc0 no marker"}),
+    "profile": (SMOOTH, {"icc_profile": bytes(70_000)}),  # more than one segment
+    "thumbnail": (SMOOTH, {"extra": b"\xff\xe1\x00\x08XMPdat"}),
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_plain_jpegs_are_known_by_their_markers(kind):
+    pixels, options = JPEGS[kind]
+    assert plain_jpeg_size(encode(pixels, "JPEG", **options)) == (48, 32)
+
+
+def test_what_needs_care_is_left_to_pillow():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    two = {"save_all": True, "append_images": [Image.fromarray(SMOOTH)]}
+    careful = [
+        encode(SMOOTH, "JPEG", exif=exif),
+        encode(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG"),
+        encode(SMOOTH, "MPO", **two),
+        encode(SMOOTH, "PNG"),
+        encode(SMOOTH, "WEBP"),
+        b"",
+        b"\xff\xd8",
+        encode(SMOOTH, "JPEG")[:100],
+    ]
+    assert [plain_jpeg_size(data) for data in careful] == [None] * len(careful)
+    assert np.abs(decoded(careful[2]).astype(int) - SMOOTH).max() <= 12
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=64))
+def test_any_bytes_have_a_size_or_none(data):
+    assert plain_jpeg_size(b"\xff\xd8" + data) is None or len(data) >= 4
+
+
+def test_colour_profiles_are_ignored():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    assert np.array_equal(decoded(encode(NOISE, icc_profile=profile)), NOISE)
+    plain, tagged = (encode(SMOOTH, "JPEG", **options) for options in ({}, {"icc_profile": profile}))
+    assert np.array_equal(decoded(plain), decoded(tagged))
+
+
+def test_cut_jpegs_are_refused_and_never_half_grey():
+    for options in ({}, {"progressive": True}):
+        data = encode(SMOOTH, "JPEG", quality=95, **options)
+        for share in (0.5, 0.8, 0.95):
+            with pytest.raises((OSError, RuntimeError)):
+                decode_rgb(data[: int(len(data) * share)])
+
+
+def test_pngs_with_a_wrong_checksum_are_refused():
+    data = bytearray(encode(NOISE))
+    data[data.index(b"IDAT") + 20] ^= 1
+    with pytest.raises((OSError, SyntaxError, ValueError)):
+        decode_rgb(bytes(data))
+
+
+def test_inverted_cmyk_of_adobe_is_no_negative():
+    # Pillow writes CMYK as Adobe's programs do: inverted, and marked as such.
+    data = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
+    assert b"Adobe" in data
+    assert np.abs(decoded(data)[8, 8].astype(int) - [255, 0, 0]).max() <= 6
+
+
+def test_small_palettes_and_half_transparent_frames():
+    two_bits = Image.fromarray((NOISE[..., 0] // 64).astype(np.uint8)).convert("P")
+    assert np.array_equal(decoded(encode(two_bits, bits=2)), np.asarray(two_bits.convert("RGB")))
+    clear, solid = Image.new("RGBA", (6, 6), (200, 0, 0, 0)), Image.new("RGBA", (6, 6), (0, 200, 0, 255))
+    data = encode(clear, "WEBP", save_all=True, append_images=[solid], duration=100, lossless=True)
+    assert (decoded(data) == 255).all()

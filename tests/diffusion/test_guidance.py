@@ -8,7 +8,9 @@ from ldm_train.diffusion import (
     ClassifierFreeGuidance,
     DDIMSampler,
     Denoised,
+    Denoiser,
     DPMSolverSampler,
+    cosine_schedule,
     linear_schedule,
     scaled_linear_schedule,
 )
@@ -159,3 +161,14 @@ def test_samplers_of_a_gaussian_go_to_its_guided_mean(sampler, gaussian):
 def test_what_cannot_be_is_refused(arguments, key):
     with pytest.raises(ValueError, match=rf"allowed are .*; change `guidance\.{key}`"):
         ClassifierFreeGuidance(**arguments)
+
+
+@pytest.mark.parametrize("schedule", [cosine_schedule(), linear_schedule(zero_terminal_snr=True)])
+@pytest.mark.parametrize("prediction", ["v", "x_0"])
+def test_a_network_that_says_nothing_yet_is_rescaled_to_nothing(schedule, prediction):
+    """As every U-Net at its start, whose last layer is zero: there is no spread to give back."""
+    denoiser = Denoiser(lambda x_t, t, conditioning: torch.zeros_like(x_t), schedule, prediction)
+    x, t = state(), TIMES
+    guided = ClassifierFreeGuidance(7.5, rescale=0.7)(denoiser, given(0.0))(x, t, given(1.0))
+    for found, plain in zip(guided[:2], denoiser(x, t, given(1.0))[:2], strict=True):
+        torch.testing.assert_close(found, plain)

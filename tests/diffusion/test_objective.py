@@ -119,7 +119,8 @@ def test_one_objective_weighs_each_denoiser_by_its_own_schedule_and_prediction(n
 @pytest.mark.parametrize("variance", ["posterior", "learned"])
 @pytest.mark.parametrize("times", [None, LowDiscrepancyTimes()], ids=lambda t: type(t).__name__)
 def test_the_loss_of_a_sample_does_not_depend_on_its_batch(variance, times, nothing, x_0):
-    objective = DiffusionObjective(None, times, offset_noise=0.1, input_perturbation=0.1)
+    bound_weight = 0.001 if variance == "learned" else None
+    objective = DiffusionObjective(None, times, 0.1, 0.1, bound_weight)
     values = (0.1, 0.2) if variance == "learned" else (0.1,)
     denoiser = Denoiser(Constant(*values), linear_schedule(), variance=variance)
     of = keys(64, epoch=2, seed=3)
@@ -181,7 +182,8 @@ def test_the_hybrid_loss_is_the_simple_one_and_the_bound(prediction, decoder, no
 def test_the_bound_teaches_the_variance_and_the_square_error_the_mean(prediction, nothing, x_0):
     def gradients(variance, *values):
         denoiser = Denoiser(Constant(*values), linear_schedule(), prediction, variance)
-        DiffusionObjective()(denoiser, x_0, nothing, keys(64)).per_example.mean().backward()
+        bound_weight = 0.001 if denoiser.variance == "learned" else None
+        DiffusionObjective(bound_weight=bound_weight)(denoiser, x_0, nothing, keys(64)).per_example.mean().backward()
         return denoiser.network.values.grad
 
     (alone,) = gradients("posterior", 0.3)
@@ -206,7 +208,7 @@ def test_the_bound_is_least_at_the_true_variance(gaussian, nothing):
 
     def bound(fraction):
         denoiser = Denoiser(Network(fraction), schedule, "x_0", "learned")
-        loss = DiffusionObjective()(denoiser, x_0, nothing, keys(4096))
+        loss = DiffusionObjective(bound_weight=0.001)(denoiser, x_0, nothing, keys(4096))
         inside = loss.t > 0
         return float((loss.per_example - loss.square_error)[inside].mean())
 
@@ -242,3 +244,34 @@ def test_times_drawn_too_often_count_for_less_and_learn_from_the_loss_without_it
 def test_what_is_out_of_range_is_refused(key, value):
     with pytest.raises(ValueError, match=rf"^{key} is .*; allowed are .*; change `objective.{key}`$"):
         DiffusionObjective(**{key: value})
+
+
+def denoiser_of(variance="posterior", zero_terminal_snr=False, prediction="v"):
+    return Denoiser(Constant(0.0), linear_schedule(zero_terminal_snr=zero_terminal_snr), prediction, variance)
+
+
+@pytest.mark.parametrize(
+    ("objective", "denoiser", "key"),
+    [
+        (DiffusionObjective(), denoiser_of("learned"), "objective.bound_weight"),
+        (DiffusionObjective(bound_weight=0.001), denoiser_of("beta"), "objective.bound_weight"),
+        (DiffusionObjective(VariationalBound("beta")), denoiser_of("posterior"), "objective.weighting.variance"),
+        *[
+            (DiffusionObjective(weighting), denoiser_of("beta", True, prediction), "schedule.zero_terminal_snr")
+            for weighting in (MinSNR(), P2(), Debiased())
+            for prediction in ("v", "x_0")
+        ],
+    ],
+)
+def test_what_would_be_trained_in_part_or_never_is_refused(objective, denoiser, key):
+    with pytest.raises(ValueError, match=r"allowed") as error:
+        objective.check(denoiser)
+    assert f"`{key}" in str(error.value)
+
+
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+def test_uniform_weights_and_the_bound_reach_every_time(variance):
+    for weighting in (Uniform(), VariationalBound(variance)):
+        DiffusionObjective(weighting).check(denoiser_of(variance, zero_terminal_snr=True))
+    DiffusionObjective(MinSNR()).check(denoiser_of(variance))
+    DiffusionObjective(bound_weight=0.1).check(denoiser_of("learned", zero_terminal_snr=True))

@@ -1,5 +1,7 @@
 """The layers have torch's values, whoever computes the products."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,3 +114,22 @@ def test_tokens_of_a_channels_last_map_are_a_view_and_back():
     assert seen.data_ptr() == feature_map(seen, x).data_ptr() == x.data_ptr()
     assert torch.equal(seen[1, 4], x[1, :, 1, 1])  # row by row
     assert torch.equal(feature_map(seen, x), x)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU by g++")
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(Linear(8, 16), (2, 5, 8)), (Conv2d(8, 16, 3, padding=1), (2, 8, 3, 3)), (Conv2d(8, 16, 1), (2, 8, 6, 6))],
+)
+def test_torch_s_own_compiler_takes_the_layers(layer, shape):
+    x = draw(*shape)
+    if len(shape) == 4:
+        layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    expected = layer(x)
+    gradients = torch.autograd.grad(expected.square().sum(), (x, *layer.parameters()))
+    layer.compile()
+    found = layer(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), (x, *layer.parameters())), gradients)

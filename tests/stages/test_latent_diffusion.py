@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_train.conditioning import MaskConditioner
-from ldm_train.diffusion import ClassifierFreeGuidance, Denoiser, cosine_schedule
+from ldm_train.conditioning import MaskConditioner, NoConditioner
+from ldm_train.diffusion import ClassifierFreeGuidance, DDIMSampler, Denoiser, DiffusionObjective, cosine_schedule
 from ldm_train.nn import UNet
 from ldm_train.stages import LatentDiffusion, Original
 
@@ -157,3 +157,57 @@ def test_compiling_in_place_keeps_names_and_loss(stage, monkeypatch):
     found, expected = (one.training_step(batch(4), 0)["loss"] for one in (compiled, stage))
     torch.testing.assert_close(found, expected)
     assert compiled.denoiser.network._compiled_call_impl is not None
+
+
+def contradicting():
+    parts = diffusion_parts()
+    network = parts["denoiser"].network
+    learned = UNet(4, 8, 16, (1, 2), 1, (2,), context_dim=16, num_heads=2, norm_groups=8)
+    return {
+        "leading": {
+            "denoiser": Denoiser(network, cosine_schedule(100, zero_terminal_snr=True), "v"),
+            "sampler": DDIMSampler(4, spacing="leading"),
+        },
+        "too many steps": {"sampler": DDIMSampler(101)},
+        "nothing to leave out": {
+            "denoiser": Denoiser(
+                UNet(4, 4, 16, (1, 2), 1, (2,), num_heads=2, norm_groups=8), cosine_schedule(100), "v"
+            ),
+            "conditioner": NoConditioner(),
+        },
+        "decoder": {
+            "denoiser": Denoiser(learned, cosine_schedule(100), "v", "learned"),
+            "objective": DiffusionObjective(bound_weight=0.001, decoder="discrete"),
+        },
+        "no bound": {"denoiser": Denoiser(learned, cosine_schedule(100), "v", "learned")},
+    }
+
+
+@pytest.mark.parametrize(
+    ("parts", "key"),
+    [
+        ("leading", "sampler.spacing"),
+        ("too many steps", "sampler.num_steps"),
+        ("nothing to leave out", "guidance=none"),
+        ("decoder", "objective.decoder"),
+        ("no bound", "objective.bound_weight"),
+    ],
+)
+def test_parts_that_contradict_each_other_are_refused_before_a_step(parts, key):
+    with pytest.raises(ValueError, match=r"allowed") as error:
+        latent_diffusion(**contradicting()[parts])
+    assert f"`{key}" in str(error.value)
+
+
+def test_dropout_is_a_function_of_seed_epoch_and_step():
+    parts = diffusion_parts()
+    unet = UNet(4, 4, 16, (1, 2), 1, (2,), context_dim=16, num_heads=2, norm_groups=8, dropout=0.5)
+    stage = latent_diffusion(denoiser=Denoiser(randomised(unet), parts["denoiser"].schedule, "v"))
+    stage.log = lambda *_, **__: None
+
+    def loss(epoch, batch_idx):
+        torch.rand(7)  # what else the process has drawn must not matter
+        return float(stage.training_step(batch(epoch=0) | {"epoch": epoch}, batch_idx)["loss"].detach())
+
+    assert loss(0, 0) == loss(0, 0)
+    assert loss(0, 0) != loss(0, 1)

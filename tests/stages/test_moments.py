@@ -22,7 +22,17 @@ def test_remembered_and_encoded_moments_are_the_same_and_the_encoder_runs_once_a
     reversed_batch = {k: v[::-1] if isinstance(v, list) else v.flip(0) for k, v in batch(4).items() if k != "epoch"}
     torch.testing.assert_close(remembered(model, reversed_batch), expected.flip(0), rtol=1e-5, atol=1e-5)
     remembered(model, batch(4, first=100))
-    assert encoded == [4, 4]
+    assert encoded == [1] * 8
+
+
+def test_remembered_moments_do_not_depend_on_the_batch_an_image_was_first_met_in():
+    """A resumed run meets an image again in another batch than the unbroken run did."""
+    model, together, apart = autoencoder(), RememberedMoments(), RememberedMoments()
+    whole = batch(9)
+    expected = together(model, whole)
+    for begin, end in ((5, 9), (0, 1), (1, 5)):
+        part = {k: v[begin:end] for k, v in whole.items() if k != "epoch"} | {"epoch": 0}
+        assert torch.equal(apart(model, part), expected[begin:end])
 
 
 def test_more_images_than_may_be_remembered_are_refused():

@@ -9,6 +9,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ldm_train.train import train
+from tests.conftest import composed
+
 PROMPTS = ("red apple, a fruit food emoji", "blue heart, a heart emoji", "a flag emoji")
 
 
@@ -240,7 +243,43 @@ def test_adapters_of_other_layers_are_refused(tiny_runs, tmp_path, capsys):
 def test_a_prompt_is_needed(capsys):
     with pytest.raises(SystemExit):
         sample.main(["--checkpoint", "x.ckpt"])
-    assert "give --prompt or --prompts-file" in capsys.readouterr().err
+    assert "give --prompt, --prompts-file or --label" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def conditioned(tiny_runs, tmp_path_factory):
+    """Trains one of the demo's kinds of conditions for two steps; its checkpoint."""
+
+    def run(experiment: str) -> Path:
+        root = tmp_path_factory.mktemp(experiment)
+        overrides = [f"stage.autoencoder.checkpoint={checkpoint(tiny_runs, 'demo_autoencoder')}", "logger=none"]
+        overrides += ["debug=tiny", "callbacks.samples=null", "trainer.max_steps=2"]
+        train(composed(f"experiment={experiment}", *overrides, root=root))
+        return checkpoint(root, experiment)
+
+    return run
+
+
+def test_classes_take_the_place_of_prompts(conditioned, tmp_path, capsys):
+    given = ["--checkpoint", str(conditioned("demo_class")), "--steps", "2"]
+    both, alone = [*given, "--label", "0", "--label", "3"], [*given, "--label", "3", "--seed", "1"]
+    for folder, arguments in (("both", both), ("alone", alone)):
+        assert sample.main([*arguments, "--output", str(tmp_path / folder)]) == 0
+    assert (pixels(tmp_path / "both")[1] == pixels(tmp_path / "alone")[0]).all()
+    assert Image.open(tmp_path / "both" / "00001.png").text["prompt"] == "class 3"
+    assert sample.main([*given, "--prompt", "a", "--output", str(tmp_path / "out")]) == 2
+    assert "change --label" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("experiment", "message"),
+    [("demo_semantic", "semantic maps"), ("demo_superres", "give --image"), ("demo_inpaint", "give --image")],
+)
+def test_a_condition_that_is_not_given_is_asked_for(experiment, message, conditioned, tmp_path, capsys):
+    given = ["--checkpoint", str(conditioned(experiment)), "--prompt", "a", "--output", str(tmp_path / "out")]
+    assert sample.main(given) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_pictures_go_beside_the_run_by_default():

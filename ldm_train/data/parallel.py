@@ -1,0 +1,53 @@
+"""Work on many shards at once: results in order, few in memory, and a bar that says how far it is."""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_AHEAD = 4  # items per worker that are under way: enough that none waits, few enough to fit in memory
+
+
+def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """`function` of each item, in their order, computed by processes.
+
+    Args:
+        function: picklable, as are items and results.
+        items: taken as they are needed.
+        workers: processes; 0 and 1 compute in this one.
+    """
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    pending: deque[Future[Result]] = deque()
+    with ProcessPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) >= _AHEAD * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def tracked(items: Iterable[Item], total: int, description: str, show: bool | None = None) -> Iterator[Item]:
+    """The items, under a progress bar on the error stream.
+
+    Args:
+        items: what is passed on.
+        total: how many there are.
+        description: what they are.
+        show: whether to draw the bar; None draws it on terminals.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    is_hidden = not (sys.stderr.isatty() if show is None else show)
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=is_hidden) as progress:
+        yield from progress.track(items, total=total, description=description)
