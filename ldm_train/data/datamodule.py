@@ -11,7 +11,7 @@ Lightning calls, on resume: `setup`, `load_state_dict`, `train_dataloader`, one 
 import json
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,21 @@ from torch.utils.data import DataLoader
 
 from ldm_train import distributed
 from ldm_train.batch import ImageTextBatch, LatentFacts
+from ldm_train.data.buckets import AspectBuckets, ShapeOfRow
 from ldm_train.data.captions import CaptionSource, TextCaption
+from ldm_train.data.corpus import Corpus, CorpusOptions, Shards, check
 from ldm_train.data.crops import Crop, Shape, crop_of
 from ldm_train.data.dataset import INTERPOLATIONS, ImageOptions, ImageTextDataset, Sample
 from ldm_train.data.filters import Filter
-from ldm_train.data.index import IMAGE, METADATA, ShardIndex, build_index, expand_shards
+from ldm_train.data.index import IMAGE, METADATA, ShardIndex
 from ldm_train.data.labels import Label
-from ldm_train.data.latents import LatentCache, LatentTextDataset, reference_index
-from ldm_train.data.order import ShuffledOrder
-from ldm_train.data.quarantine import Quarantine
+from ldm_train.data.latents import LatentCache, LatentTextDataset
+from ldm_train.data.quarantine import Quarantine, running_totals
 from ldm_train.data.sampler import BatchRequest, Position, TrainingSampler, ValidationSampler
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 
 _STATE_VERSION = 1
+_PLACE = ("epoch", "samples", "global_batch_size", "quarantine")  # of a state: where training stands, no identity
 _TRAINING, _VALIDATION = "training", "validation"
 
 
@@ -50,16 +52,11 @@ def _as_is(batch: object) -> object:
     return batch
 
 
-def _check(is_allowed: bool, key: str, found: object, rule: str) -> None:
-    if not is_allowed:
-        raise ValueError(f"`data.{key}` is {found!r}; it must be {rule}.")
-
-
 class ImageTextDataModule(L.LightningDataModule):
     """Batches of captioned images from WebDataset shards.
 
     Args:
-        shards: tar files: paths, globs and brace patterns, one or a list.
+        shards: tar files: paths, globs and brace patterns, one or a list; None beside `mixture`.
         image_size: side of the square images in pixels.
         batch_size: images per device and step.
         seed: the run's seed: order and augmentation follow from it.
@@ -83,18 +80,24 @@ class ImageTextDataModule(L.LightningDataModule):
         shuffle_groups: places of the data set that a batch mixes, see `ShuffledOrder`.
         shuffle_window: samples that are permuted together, see `ShuffledOrder`.
         prefetch_factor: batches that each worker prepares ahead.
+        buckets: shapes that images are spread over by their aspect ratio; None: squares.
+        bucket_unit: images of one shape in a row, which the global batch must divide; needs `buckets`.
+        mixture: name -> `shards` and `weight` of data sets that are mixed, see `MixedOrder`.
+        mixture_length: images of an epoch of the mixture; None is all of them.
+        index_dir: folder that keeps indices between runs; None indexes in memory.
+        index_workers: processes that index shards; 0 and 1 use the main one.
         latents: the shards are cached latents, see `ldm_train.data.latents`; None: they are images.
     """
 
     def __init__(
         self,
-        shards: str | Sequence[str],
+        shards: Shards | None,
         image_size: int,
         batch_size: int,
         seed: int,
         num_workers: int = 0,
         val_fraction: float = 0.0,
-        val_shards: str | Sequence[str] | None = None,
+        val_shards: Shards | None = None,
         val_batch_size: int | None = None,
         filters: Sequence[Filter] | None = None,
         limit: int | None = None,
@@ -111,105 +114,95 @@ class ImageTextDataModule(L.LightningDataModule):
         shuffle_groups: int = 64,
         shuffle_window: int = 8192,
         prefetch_factor: int = 2,
+        buckets: AspectBuckets | None = None,
+        bucket_unit: int = 0,
+        mixture: Mapping[str, Mapping[str, Any]] | None = None,
+        mixture_length: int | None = None,
+        index_dir: str | None = None,
+        index_workers: int = 0,
         latents: LatentCache | None = None,
     ) -> None:
         super().__init__()
-        self.shards, self.val_shards, self.val_fraction = shards, val_shards, val_fraction
         self.batch_size, self.num_workers = batch_size, num_workers
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
-        self.seed, self.filters, self.limit, self.cache_decoded = seed, list(filters or ()), limit, cache_decoded
-        self.shuffle_groups, self.shuffle_window = shuffle_groups, shuffle_window
-        self.max_bad_fraction, self.prefetch_factor = max_bad_fraction, prefetch_factor
-        self.latents = latents
+        self.seed, self.cache_decoded = seed, cache_decoded
+        self.max_bad_fraction, self.prefetch_factor, self.latents = max_bad_fraction, prefetch_factor, latents
+        check(buckets is None or latents is None, "buckets", "set", "null: cached latents are of squares")
         self.quarantine_dir = None if quarantine_dir is None else Path(quarantine_dir)
         self.options = ImageOptions(
             image_size, crop_of(crop), flip, interpolation, max_pixels, caption or TextCaption(), label, segmentation
         )
         self._check_arguments()
+        self.corpus = Corpus(
+            CorpusOptions(
+                seed=seed,
+                shards=shards,
+                mixture=mixture,
+                mixture_length=mixture_length,
+                val_fraction=val_fraction,
+                val_shards=val_shards,
+                filters=list(filters or ()),
+                limit=limit,
+                required=self._required,
+                segmentation=segmentation.extension if isinstance(segmentation, SegmentationMember) else None,
+                buckets=buckets,
+                bucket_unit=bucket_unit,
+                image_size=image_size,
+                shuffle_groups=shuffle_groups,
+                shuffle_window=shuffle_window,
+                index_dir=index_dir,
+                index_workers=index_workers,
+            )
+        )
         self._caches: dict[str, dict[tuple[int, Shape], Sample]] = {_TRAINING: {}, _VALIDATION: {}}
         self._quarantines: list[Quarantine] = []
+        self._training_quarantine: Quarantine | None = None
         self._restored: dict[str, Any] | None = None
         self._sampler: TrainingSampler | None = None
         self._untrained = Position()
         self._processed_before = -1
 
     def _check_arguments(self) -> None:
-        for key in ("batch_size", "val_batch_size", "limit", "shuffle_groups", "shuffle_window", "prefetch_factor"):
+        for key in ("batch_size", "val_batch_size", "prefetch_factor"):
             value = getattr(self, key)
-            _check(value is None or value > 0, key, value, "positive")
+            check(value > 0, key, value, "positive")
         for key in ("image_size", "max_pixels"):
             value = getattr(self.options, key)
-            _check(value > 0, key, value, "positive")
-        _check(self.num_workers >= 0, "num_workers", self.num_workers, "0 (load in the main process) or more")
-        _check(0 <= self.seed < 1 << 64, "seed", self.seed, "from 0 to 2^64 - 1 (it is the root key `seed`)")
-        _check(0.0 <= self.val_fraction < 1.0, "val_fraction", self.val_fraction, "at least 0 and below 1")
-        _check(not (self.val_fraction and self.val_shards), "val_fraction", self.val_fraction, "0 beside `val_shards`")
-        _check(0.0 <= self.max_bad_fraction <= 1.0, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
+            check(value > 0, key, value, "positive")
+        check(self.num_workers >= 0, "num_workers", self.num_workers, "0 (load in the main process) or more")
+        check(0 <= self.seed < 1 << 64, "seed", self.seed, "from 0 to 2^64 - 1 (it is the root key `seed`)")
+        check(0.0 <= self.max_bad_fraction <= 1.0, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
         interpolation = self.options.interpolation
-        _check(interpolation in INTERPOLATIONS, "interpolation", interpolation, f"one of {INTERPOLATIONS}")
+        check(interpolation in INTERPOLATIONS, "interpolation", interpolation, f"one of {INTERPOLATIONS}")
         is_fixed = crop_of(self.options.crop).draws == 0
-        _check(is_fixed or not self.cache_decoded, "crop", "drawn anew in each epoch", "center beside `cache_decoded`")
+        check(is_fixed or not self.cache_decoded, "crop", "drawn anew in each epoch", "center beside `cache_decoded`")
 
-    @cached_property
-    def _indices(self) -> tuple[ShardIndex, ShardIndex]:
-        _ = self.latent_facts  # refuses a cache that does not fit, before it is indexed
-        index = self._build(self.shards, "data.shards")
-        if self.limit is not None:
-            index = index.select(np.arange(len(index)) < self.limit, f"the first {self.limit}")
-        held_out = np.zeros(len(index), dtype=bool)
-        training = index
-        if self.val_fraction:
-            held_out = index.key_hash("validation") < np.uint64(self.val_fraction * 2**64)
-            training = index.select(~held_out, f"all but {self.val_fraction} by key")
-        if self.val_shards:
-            validation = self._build(self.val_shards, "data.val_shards")
-        else:
-            validation = index.select(held_out, f"{self.val_fraction} by key")
-        if not len(training):
-            raise ValueError(
-                f"no training image is left: {len(index.damage)} damaged, refused {dict(index.refused)}. At least one "
-                "global batch is needed: see `data.shards`, `data.filters` and `data.val_fraction`."
-            )
-        if self.val_fraction and not len(validation):
-            raise ValueError(
-                f"none of {len(index)} images falls into the share {self.val_fraction} for validation. At least one "
-                "must: raise `data.val_fraction`, or set it to 0 to go without validation."
-            )
-        return training, validation
-
-    def _build(self, shards: str | Sequence[str], key: str) -> ShardIndex:
-        return self._scan(expand_shards(shards, key)).filtered(self.filters)
-
-    def _scan(self, paths: Sequence[str]) -> ShardIndex:
-        required = {IMAGE, *self.options.caption.kinds}
-        if self.options.label is not None:
-            required.add(METADATA)
-        source = self.options.segmentation
-        extension = source.extension if isinstance(source, SegmentationMember) else None
-        return build_index(paths, sorted(required), extension)
+    @property
+    def _required(self) -> tuple[int, ...]:
+        """The kinds of members without which a sample is incomplete."""
+        of_label = set() if self.options.label is None else {METADATA}
+        return tuple(sorted({IMAGE, *self.options.caption.kinds, *of_label}))
 
     @cached_property
     def latent_facts(self) -> LatentFacts | None:
-        """What is known of the cached latents that batches hold; None where they hold images."""
+        """What is known of the cached latents that batches hold; None where they hold images.
+
+        Raises:
+            ValueError: if the cache does not fit the run.
+        """
         if self.latents is None:
             return None
-        facts = self.latents.facts(expand_shards(self.shards), self.options)
-        if self.val_shards:
-            paths = expand_shards(self.val_shards, "data.val_shards")
-            other = self.latents.facts(paths, self.options, "data.val_shards")
-            found = f"cached latents of the encoder {other.encoder[:12]}"
-            _check(other[1:] == facts[1:], "val_shards", found, f"those of {facts.encoder[:12]}, as `data.shards` is")
-        return facts
+        return self.latents.facts(list(dict.fromkeys(self.train_index.paths + self.val_index.paths)), self.options)
 
     @property
     def train_index(self) -> ShardIndex:
         """The training samples."""
-        return self._indices[0]
+        return self.corpus.training.index
 
     @property
     def val_index(self) -> ShardIndex:
         """The validation samples; empty when there are none."""
-        return self._indices[1]
+        return self.corpus.validation.index
 
     @property
     def global_batch_size(self) -> int:
@@ -221,21 +214,18 @@ class ImageTextDataModule(L.LightningDataModule):
         """Images that could not be decoded so far, in this process and its workers."""
         return sum(quarantine.bad for quarantine in self._quarantines)
 
+    def meters(self) -> dict[str, float]:
+        """What this rank's loading has come to so far; the sum over ranks is the run's."""
+        return running_totals(self._quarantines)
+
     def summary(self) -> dict[str, object]:
         """Plain facts for the start-up table."""
-        index = self.train_index
-        return {
-            "training images": len(index),
-            "validation images": len(self.val_index),
-            "shards": len(index.paths),
-            "damage found": len(index.damage),
-            "refused by filters": index.refused.total(),
+        return self.corpus.summary() | {
             "image size": self.options.image_size,
             "batch size per device": self.batch_size,
             "global batch size": self.global_batch_size,
-            "batches per epoch": len(index) // self.global_batch_size,
+            "batches per epoch": len(self.corpus.order) // self.global_batch_size,
             "workers per device": self.num_workers,
-            "fingerprint": index.fingerprint[:12],
         }
 
     @property
@@ -247,7 +237,7 @@ class ImageTextDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Build the index, name what is damaged, and forget the position of an earlier run."""
         self._restored, self._sampler = None, None
-        damage = [*self.train_index.damage, *(self.val_index.damage if self.val_shards else ())]
+        damage = self.corpus.damage
         if damage and self._ranks[0] == 0:
             shown = "; ".join(f"{shard}: {reason}" for shard, reason in damage[:3])
             warnings.warn(f"{len(damage)} damages in the shards were left out, the first being {shown}", stacklevel=2)
@@ -263,19 +253,24 @@ class ImageTextDataModule(L.LightningDataModule):
                 f"`trainer.overfit_batches` is {overfit_batches}; it must be 0, because Lightning would "
                 "replace the order of the data. To train on few images set `data.limit`."
             )
-        order = ShuffledOrder(self.train_index.starts, self.seed, self.shuffle_groups, self.shuffle_window)
-        self._sampler = TrainingSampler(order, self.batch_size, *self._ranks)
+        self._sampler = TrainingSampler(self.corpus.order, self.batch_size, *self._ranks)
+        training = self.corpus.training
+        dataset = self._dataset(training.index, self.options, _TRAINING, shape_of=self.corpus.shape_of(training))
+        self._training_quarantine = dataset.quarantine
         if self._restored:
             self._restore(self._sampler, self._restored)
+            dataset.quarantine.restore(self._restored.get("quarantine", {}))
         self._untrained, self._processed_before = self._sampler.position, -1
-        return self._loader(self._dataset(self.train_index, self.options, _TRAINING), self._sampler)
+        return self._loader(dataset, self._sampler)
 
     def val_dataloader(self) -> DataLoader[ImageTextBatch] | list[Any]:
         """This rank's validation batches, the same in every epoch; an empty list without validation images."""
         if not len(self.val_index):
             return []
-        sampler = ValidationSampler(len(self.val_index), self.val_batch_size, *self._ranks)
-        return self._loader(self._dataset(self.val_index, self.options.plain(), _VALIDATION), sampler)
+        index, buckets = validation = self.corpus.validation
+        sampler = ValidationSampler(len(index), self.val_batch_size, *self._ranks, buckets=buckets)
+        shape_of = self.corpus.shape_of(validation)
+        return self._loader(self._dataset(index, self.options.plain(), _VALIDATION, shape_of=shape_of), sampler)
 
     def reference_batches(self, count: int | None, batch_size: int) -> Iterator[ImageTextBatch]:
         """A fixed subset of the training images without augmentation, in a fixed mixed order.
@@ -286,7 +281,7 @@ class ImageTextDataModule(L.LightningDataModule):
             count: images; None is all of them.
             batch_size: images per batch; the last may be smaller.
         """
-        rows = np.argsort(self.train_index.key_hash("reference"), kind="stable")[:count]
+        rows = self.train_index.ranked("reference", count)
         for begin in range(0, len(rows), batch_size):
             positions = np.arange(begin, min(begin + batch_size, len(rows)))
             yield self._references[BatchRequest(0, rows[positions], positions)]
@@ -295,20 +290,25 @@ class ImageTextDataModule(L.LightningDataModule):
     def _references(self) -> ImageTextDataset:
         if self.latents is None:
             return self._dataset(self.train_index, self.options.plain(), _TRAINING, num_workers=0)
-        images = self._scan(self.latents.reference_paths(self.train_index.paths))
+        images = self.latents.images_of(self.train_index, self._required)
         quarantine = Quarantine(None, self.max_bad_fraction, num_workers=0)
-        return ImageTextDataset(reference_index(self.train_index, images), self.options.plain(), self.seed, quarantine)
+        return ImageTextDataset(images, self.options.plain(), self.seed, quarantine)
 
     def _dataset(
-        self, index: ShardIndex, options: ImageOptions, split: str, num_workers: int | None = None
+        self,
+        index: ShardIndex,
+        options: ImageOptions,
+        split: str,
+        num_workers: int | None = None,
+        shape_of: ShapeOfRow | None = None,
     ) -> ImageTextDataset:
         path = None if self.quarantine_dir is None else self.quarantine_dir / f"{split}-rank{self._ranks[0]}"
         workers = self.num_workers if num_workers is None else num_workers
         quarantine = Quarantine(path, self.max_bad_fraction, workers)
         self._quarantines.append(quarantine)
         cache = self._caches[split] if self.cache_decoded else None
-        kind = ImageTextDataset if self.latents is None else LatentTextDataset
-        return kind(index, options, self.seed, quarantine, cache)
+        kind = ImageTextDataset if self.latent_facts is None else LatentTextDataset
+        return kind(index, options, self.seed, quarantine, cache, shape_of)
 
     def _loader(
         self, dataset: ImageTextDataset, sampler: TrainingSampler | ValidationSampler
@@ -345,7 +345,9 @@ class ImageTextDataModule(L.LightningDataModule):
         is_trained = self._batch_progress.total.processed > self._processed_before
         epoch, samples = self._sampler.position if is_trained else self._untrained
         batch = self._sampler.global_batch_size
-        return {**self._identity(), "epoch": epoch, "samples": samples, "global_batch_size": batch}
+        place = {"epoch": epoch, "samples": samples, "global_batch_size": batch}
+        counted = {} if self._training_quarantine is None else {"quarantine": self._training_quarantine.state()}
+        return {**self._identity(), **place, **counted}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for `train_dataloader`; validation does not need it to fit."""
@@ -353,25 +355,20 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def _identity(self) -> dict[str, Any]:
         """What the meaning of a position depends on."""
-        return {
-            "version": _STATE_VERSION,
-            "fingerprint": self.train_index.fingerprint,
-            "seed": self.seed,
-            "shuffle_groups": self.shuffle_groups,
-            "shuffle_window": self.shuffle_window,
-        }
+        return {"version": _STATE_VERSION, **self.corpus.identity()}
 
     def _restore(self, sampler: TrainingSampler, state: dict[str, Any]) -> None:
+        own = self._identity()
+        keys = [key for key in own | state if key not in _PLACE]
         differences = [
-            f"{key} {state.get(key)!r} -> {value!r}"
-            for key, value in self._identity().items()
-            if state.get(key) != value
+            f"{key} {state.get(key)!r} -> {own.get(key)!r}" for key in keys if state.get(key) != own.get(key)
         ]
         if differences:
             raise ValueError(
                 f"the checkpoint was trained on other data or in another order ({', '.join(differences)}). A resumed "
-                "run must keep `data.shards`, `data.filters`, `data.limit`, `data.val_fraction`, `data.shuffle_*` and "
-                "`seed`; to begin a new run instead set `resume=never` and another `run_id`."
+                "run must keep `data.shards`, `data.filters`, `data.limit`, `data.val_fraction`, `data.shuffle_*`, "
+                "`data.bucket*`, `data.mixture*` and `seed`; to begin a new run instead set `resume=never` and another "
+                "`run_id`."
             )
         # Lightning asks for a loader with a state of its own; ours begins where this state says.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")

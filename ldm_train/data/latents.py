@@ -32,7 +32,7 @@ from torch import Tensor
 from ldm_train.batch import ImageTextBatch, LatentFacts
 from ldm_train.data.crops import Box, Shape, crop_of, margins
 from ldm_train.data.dataset import Draws, ImageOptions, ImageTextDataset, Sample
-from ldm_train.data.index import IMAGE, ShardIndex, expand_shards
+from ldm_train.data.index import IMAGE, ShardIndex, build_index, expand_shards
 
 EXTENSION = "latent"
 MANIFEST = "manifest.json"
@@ -176,32 +176,36 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
 
 
-def manifest_of(paths: Sequence[str], key: str = "data.shards") -> Manifest:
-    """The manifest of the cache that shards belong to: in their folder, or the nearest one above it that has one.
-
-    Args:
-        paths: shards, see `expand_shards`.
-        key: the config key that names them, for errors.
+def manifests_of(paths: Sequence[str]) -> dict[str, Manifest]:
+    """Path -> manifest of its cache, which lies in the shard's folder or the nearest one above it that has one.
 
     Raises:
-        ValueError: if there is none, the shards are of several caches, or one is not as the manifest says.
+        ValueError: if there is none, or a shard is not as the manifest says.
     """
-    start = Path(os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths]))
-    folder = next((folder for folder in (start, *start.parents) if (folder / MANIFEST).is_file()), None)
-    if folder is None:
-        raise ValueError(
-            f"there is no {MANIFEST} in {start}; allowed are the shards of one finished cache; change `{key}`, finish "
-            f"the cache by the tool's --merge, or make one: {_TOOL}"
-        )
-    manifest = read_manifest(folder)
+    of_folder: dict[Path, Manifest] = {}
+    found: dict[str, Manifest] = {}
     for path in paths:
-        name, size = os.path.relpath(path, folder), os.path.getsize(path)
+        start = Path(os.path.abspath(path)).parent
+        if start not in of_folder:
+            of_folder[start] = read_manifest(_folder_above(start))
+        manifest = found[path] = of_folder[start]
+        name, size = os.path.relpath(path, manifest.folder), os.path.getsize(path)
         if manifest.shards.get(name) != size:
             raise ValueError(
                 f"{path} has {size} bytes, its cache's {MANIFEST} says {manifest.shards.get(name, 'nothing of it')}; "
-                f"allowed are shards as the tool left them; run it again with --overwrite, or change `{key}`"
+                "allowed are shards as the tool left them; run it again with --overwrite, or change `data.shards`"
             )
-    return manifest
+    return found
+
+
+def _folder_above(start: Path) -> Path:
+    folder = next((folder for folder in (start, *start.parents) if (folder / MANIFEST).is_file()), None)
+    if folder is None:
+        raise ValueError(
+            f"there is no {MANIFEST} in {start}; allowed are the shards of a finished cache; change `data.shards`, "
+            f"finish the cache by the tool's --merge, or make one: {_TOOL}"
+        )
+    return folder
 
 
 class LatentCache:
@@ -215,18 +219,27 @@ class LatentCache:
     def __init__(self, reference_shards: str | Sequence[str] | None = None) -> None:
         self.reference_shards = reference_shards
 
-    def facts(self, paths: Sequence[str], options: ImageOptions, key: str = "data.shards") -> LatentFacts:
-        """What a stage has to know of the cache that shards belong to.
+    def facts(self, paths: Sequence[str], options: ImageOptions) -> LatentFacts:
+        """What a stage has to know of the cache, or the caches of one kind, that shards belong to.
 
         Args:
-            paths: its shards.
+            paths: the shards.
             options: how the run wants its images.
-            key: the config key of the shards.
 
         Raises:
-            ValueError: if the cache was not made like that, or of images that were not in [-1, 1].
+            ValueError: if a cache was not made like that, or of images that were not in [-1, 1], or if two differ.
         """
-        manifest = manifest_of(paths, key)
+        caches = {manifest.folder: manifest for manifest in manifests_of(paths).values()}
+        first, *others = [self._facts(manifest, options) for manifest in caches.values()]
+        for other in others:
+            if other[1:] != first[1:]:
+                raise ValueError(
+                    f"{first.folder} and {other.folder} hold latents of different encoders ({first.encoder[:12]} and "
+                    f"{other.encoder[:12]}); allowed is one; change `data.shards`, `data.val_shards` or `data.mixture`"
+                )
+        return first
+
+    def _facts(self, manifest: Manifest, options: ImageOptions) -> LatentFacts:
         settings, (low, high) = manifest.settings, manifest.image_range
         if low < -1.0 - _TOLERANCE or high > 1.0 + _TOLERANCE:
             raise ValueError(
@@ -248,6 +261,19 @@ class LatentCache:
             settings.moments_per_channel,
         )
 
+    def images_of(self, cached: ShardIndex, required: Sequence[int]) -> ShardIndex:
+        """The images of the rows of a cache.
+
+        Args:
+            cached: the rows.
+            required: the kinds of members without which a sample is incomplete, as in the cache.
+
+        Raises:
+            FileNotFoundError: see `reference_paths`.
+            ValueError: if they are not the same samples.
+        """
+        return image_rows(cached, build_index(self.reference_paths(cached.paths), required))
+
     def reference_paths(self, paths: Sequence[str]) -> tuple[str, ...]:
         """The shards with the images that cached ones were made of, in the same order.
 
@@ -256,12 +282,12 @@ class LatentCache:
         """
         if self.reference_shards is not None:
             return expand_shards(self.reference_shards, "data.latents.reference_shards")
-        manifest = manifest_of(paths)
-        sources = [str(manifest.source_root / os.path.relpath(path, manifest.folder)) for path in paths]
+        manifests = manifests_of(paths)
+        sources = [str(m.source_root / os.path.relpath(path, m.folder)) for path, m in manifests.items()]
         missing = [path for path in sources if not os.path.isfile(path)]
         if missing:
             raise FileNotFoundError(
-                f"real images are asked for, and {missing[0]}, which the cache in {manifest.folder} was made of, "
+                f"real images are asked for, and {missing[0]}, which the cache was made of, "
                 "is not there; allowed are the same shards elsewhere; set `data.latents.reference_shards` to them, or "
                 "do without by `callbacks.samples=null`"
             )
@@ -276,11 +302,11 @@ def _check(is_allowed: bool, key: str, found: object, allowed: object) -> None:
         )
 
 
-def reference_index(cached: ShardIndex, images: ShardIndex) -> ShardIndex:
+def image_rows(cached: ShardIndex, images: ShardIndex) -> ShardIndex:
     """The rows of the images that are those of the cached latents, in the same order.
 
     Args:
-        cached: rows of a cache, after any selection.
+        cached: rows of caches, after any selection.
         images: all rows of the shards with the images.
 
     Raises:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm_train.data import ImageTextDataModule, LatentCache
+from ldm_train.data import AspectBuckets, ImageTextDataModule, LatentCache
 from ldm_train.data.index import IMAGE, build_index
 from ldm_train.data.latent_encoding import MomentsEncoder, SourceImages, entries
 from ldm_train.data.latent_writing import LatentCacheWriter, ValueRange
@@ -163,7 +163,9 @@ def test_real_images_come_from_the_source_with_the_selection_of_the_run(source, 
 
 
 def modules_again(module, latents=None):
-    return ImageTextDataModule(module.shards, 8, 2, 3, latents=latents or LatentCache(), max_bad_fraction=1.0)
+    return ImageTextDataModule(
+        module.corpus.options.shards, 8, 2, 3, latents=latents or LatentCache(), max_bad_fraction=1.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,6 +174,7 @@ def modules_again(module, latents=None):
         ({"image_size": 16}, "`data.image_size` is 16 with cached latents; allowed is 8"),
         ({"crop": "random"}, "`data.crop` is RandomCrop"),
         ({"flip": True}, "`data.flip` is True.*without --flip"),
+        ({"buckets": AspectBuckets(2), "bucket_unit": 4}, "`data.buckets` is 'set'; it must be null"),
         ({"interpolation": "bilinear"}, "`data.interpolation` is bilinear"),
     ],
 )
@@ -179,7 +182,7 @@ def test_a_run_that_wants_other_images_is_refused(source, tmp_path, options, mes
     _, latents = modules(source, tmp_path)
     settings_ = {"image_size": 8, "batch_size": 2, "seed": 3} | options
     with pytest.raises(ValueError, match=message):
-        _ = ImageTextDataModule(latents.shards, **settings_, latents=LatentCache()).train_index
+        _ = ImageTextDataModule(latents.corpus.options.shards, **settings_, latents=LatentCache()).latent_facts
 
 
 def test_a_cache_of_images_out_of_range_or_without_a_manifest_or_changed_is_refused(source, tmp_path):
@@ -188,18 +191,18 @@ def test_a_cache_of_images_out_of_range_or_without_a_manifest_or_changed_is_refu
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"images": {"min": 0.0, "max": 255.0}}))
     with pytest.raises(ValueError, match=r"from 0 to 255 when they were encoded; allowed is \[-1, 1\].*--overwrite"):
-        _ = modules_again(latents).train_index
+        _ = modules_again(latents).latent_facts
     path.write_text(json.dumps(manifest | {"version": 2}))
     with pytest.raises(ValueError, match=r"version 2.*--overwrite"):
-        _ = modules_again(latents).train_index
+        _ = modules_again(latents).latent_facts
     path.write_text(json.dumps(manifest))
     with (tmp_path / "latents" / "00000.tar").open("ab") as file:
         file.write(b"\0" * 512)
     with pytest.raises(ValueError, match=r"00000.tar has \d+ bytes, its cache's manifest.json says \d+"):
-        _ = modules_again(latents).train_index
+        _ = modules_again(latents).latent_facts
     path.unlink()
     with pytest.raises(ValueError, match=r"no manifest.json in .*--merge"):
-        _ = modules_again(latents).train_index
+        _ = modules_again(latents).latent_facts
 
 
 def test_the_source_is_never_overwritten(source, tmp_path):

@@ -59,7 +59,7 @@ def test_indexing_maps_changes_neither_rows_nor_fingerprint(tmp_path):
     assert mapped.fingerprint == plain.fingerprint
     assert np.array_equal(mapped.columns.offsets[:, :3], plain.columns.offsets)
     assert np.array_equal(mapped.columns.sizes[:, :3], plain.columns.sizes)
-    assert plain.offsets.shape == (12, 3)
+    assert plain.columns.offsets.shape == (12, 3)
 
 
 def test_samples_without_map_are_named(tmp_path):
