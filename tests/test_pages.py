@@ -81,10 +81,13 @@ def test_every_kind_of_command_is_found():
     assert ["demo"] in starting_with("make")
     assert ["test"] in starting_with("make")
     assert {Path(tool).name for tool, *_ in starting_with("python") if tool != "-m"} == {
+        "benchmark.py",
         "calibrate_latents.py",
         "convert.py",
         "convert_model.py",
         "fetch_weights.py",
+        "index_shards.py",
+        "inspect_shards.py",
         "make_shards.py",
         "plot_schedule.py",
         "sample.py",

@@ -5,13 +5,14 @@ takes turns with the *reference*, diffusers' network of the same shape as its us
 """
 
 import argparse
+import ctypes
 import gc
 import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +112,8 @@ class Contender:
         self.half, self.fused, self.theirs = "bfloat16" in setting.on, "SDPA" in setting.on, setting.theirs
         parameters = list(network.parameters())
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True) if optimize else None
-        self.held = sum(2 * parameter.nbytes for parameter in parameters) * (2 if optimize else 1)
+        # Between steps: the weights, and with AdamW two moments of each.
+        self.held = sum(parameter.nbytes for parameter in parameters) * (3 if optimize else 1)
         if "compile" in setting.on:
             network.compile()
 
@@ -214,20 +216,25 @@ class Watch:
         self._wait()
         return self.now() - begin
 
-    @contextmanager
-    def peak(self) -> Iterator[list[int]]:
-        """Inside, watches memory; the list then holds the peak in bytes, or nothing where it cannot be known."""
-        found: list[int] = []
+    def memory(self, contender: Contender) -> int | None:
+        """The most bytes that a contender holds in a step, once it has made some; `None` where it cannot be known.
+
+        What is held before the step is others' and the contender's own, which is known. So a row's figure depends
+        neither on the rows before it nor on the other network.
+        """
+        gc.collect()
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
-            yield found
-            found.append(torch.cuda.max_memory_allocated())
-        elif RESET_FILE.exists():
-            RESET_FILE.write_text("5")  # resets the peak of this process, see `man 5 proc`
-            yield found
-            found.append(int(re.search(r"VmHWM:\s+(\d+) kB", PEAK_FILE.read_text())[1]) * 1024)  # type: ignore[index]
-        else:
-            yield found
+            before = torch.cuda.memory_allocated()
+            self.seconds(contender)
+            return torch.cuda.max_memory_allocated() - before + contender.held
+        if not RESET_FILE.exists():
+            return None
+        release_free_memory()  # of which a step may take as much as it needs, and nothing would be seen
+        RESET_FILE.write_text("5")  # resets the peak of this process, see `man 5 proc`
+        before = process_memory("VmRSS")
+        self.seconds(contender)
+        return process_memory("VmHWM") - before + contender.held
 
     def _wait(self) -> None:
         if self.gpu:
@@ -244,27 +251,18 @@ class Measured:
     memory: int | None
 
 
-def in_turns(
-    setting: Setting, contender: Contender, reference: Contender | None, watch: Watch, steps: int, floor: int
-) -> Measured:
+def in_turns(setting: Setting, contender: Contender, reference: Contender | None, watch: Watch, steps: int) -> Measured:
     """Time a contender and the reference step by step."""
     times: list[float] = []
     references: list[float] = []
     for _ in range(2):  # compiles, chooses kernels, fills the allocator
         watch.seconds(contender)
-    with watch.peak() as peak:
-        watch.seconds(contender)
+    memory = watch.memory(contender)
     for _ in range(steps):
         if reference is not None:
             references.append(watch.seconds(reference))
         times.append(watch.seconds(contender))
-    others = floor + (0 if reference is None else reference.held)
-    return Measured(
-        setting,
-        statistics.median(times),
-        statistics.median(references) if references else None,
-        peak[0] - others if peak else None,
-    )
+    return Measured(setting, statistics.median(times), statistics.median(references) if references else None, memory)
 
 
 def warm_up(step: Callable[[], None], seconds: float) -> None:
@@ -312,7 +310,6 @@ def benchmark_unet(arguments: argparse.Namespace, console: Console) -> tuple[lis
     node, watch = unet_node(arguments), Watch(arguments.device)
     flops = counted_flops(node, arguments)
     inputs = Inputs.of(meta_network(node), arguments, arguments.device)
-    floor = 0 if watch.gpu else resident()
 
     def contender(setting: Setting) -> Contender:
         ours = meta_network(node) if setting.theirs else our_network(node, setting)
@@ -329,8 +326,7 @@ def benchmark_unet(arguments: argparse.Namespace, console: Console) -> tuple[lis
     measurements = []
     for setting in track(settings, "rows", console=console):
         torch.compiler.reset()
-        measurements.append(in_turns(setting, contender(setting), reference, watch, arguments.steps, floor))
-        gc.collect()
+        measurements.append(in_turns(setting, contender(setting), reference, watch, arguments.steps))
     device = device_name(arguments.device)
     peak = arguments.peak_tflops or known_peak(device)
     facts = {
@@ -369,7 +365,7 @@ def unet_node(arguments: argparse.Namespace) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ValueError(f"{error}; allowed are overrides as `channels=64`; change --set") from error
     if mistakes:
-        raise ValueError("; ".join(mistakes))
+        raise ValueError("; ".join([*mistakes, "change --set"]))
     return root.unet
 
 
@@ -379,10 +375,16 @@ def meta_network(node: DictConfig) -> UNet:
         return our_network(node, Setting("", frozenset()))
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds, 0 where that cannot be known."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", PEAK_FILE.read_text()) if PEAK_FILE.exists() else None
-    return int(found[1]) * 1024 if found else 0
+def process_memory(kind: str) -> int:
+    """A figure of this process's memory in bytes: VmRSS, held now, or VmHWM, the most held."""
+    return int(re.search(rf"{kind}:\s+(\d+) kB", PEAK_FILE.read_text())[1]) * 1024  # type: ignore[index]
+
+
+def release_free_memory() -> None:
+    """Give what the allocator keeps for later back to the system, where the C library can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def device_name(device: str) -> str:

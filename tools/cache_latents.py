@@ -27,11 +27,11 @@ from verify_latents import verify
 
 from ldm_train.checkpoint import encoder_digest
 from ldm_train.data.dataset import INTERPOLATIONS
-from ldm_train.data.index import expand_shards
 from ldm_train.data.latent_encoding import PRECISIONS, MomentsEncoder, PictureBatch, SourceImages, entries
 from ldm_train.data.latent_writing import LatentCacheWriter
 from ldm_train.data.latents import DTYPES, MANIFEST, LatentSettings
-from ldm_train.data.shards import ShardReadError
+from ldm_train.data.locations import expand_shards
+from ldm_train.data.storage import ShardReadError
 from ldm_train.nn import Autoencoder
 
 NAMED_ON_SCREEN = 20

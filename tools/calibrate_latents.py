@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ldm_train.data import ImageTextDataModule
-from ldm_train.data.index import expand_shards
+from ldm_train.data.locations import expand_shards
 from ldm_train.metrics import LatentStatistics
 from ldm_train.nn import Autoencoder
 

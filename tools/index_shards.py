@@ -19,8 +19,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ldm_train.data import RemoteFiles, Routed, ShardCache, ShardReadError
 from ldm_train.data.filters import Filter, Maximum, Minimum
-from ldm_train.data.index import CAPTION, IMAGE, METADATA, ShardIndex, build_index, expand_shards
+from ldm_train.data.index import CAPTION, IMAGE, METADATA, ShardIndex, build_index
+from ldm_train.data.locations import expand_shards
+from ldm_train.data.storage import LOCAL_FILES
 
 NAMED_ON_SCREEN = 10
 FILTER = re.compile(r"(?P<field>[^<>=\s]+)\s*(?P<sign><=|>=)\s*(?P<value>[-+.eE\d]+)")
@@ -49,8 +52,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("shards", nargs="+", help="tar files: paths, globs and brace patterns")
+    add("shards", nargs="+", help="tar files: paths, URLs, globs and brace patterns")
     add("--output", type=Path, required=True, help="the folder that keeps indices, `data.index_dir` of the runs")
+    add("--cache-dir", metavar="DIR", help="where copies of remote shards lie, `data.cache_dir` of the runs")
+    add("--cache-bytes", type=positive, default=100 << 30, help="its size at most (default: %(default)s)")
     add("--workers", type=positive, default=1, help="processes (default: %(default)s)")
     add("--segmentation", metavar="EXT", help="index segmentation maps with this extension, such as seg.png")
     add("--caption-field", metavar="FIELD", help="captions come from this field of the .json: it is required, no .txt")
@@ -98,19 +103,21 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     console = Console(stderr=True)
     required = {IMAGE, CAPTION if arguments.caption_field is None else METADATA}
+    cache = ShardCache(arguments.cache_dir, arguments.cache_bytes, RemoteFiles())
     required |= {METADATA} if arguments.label else set()
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
         index = build_index(
-            expand_shards(arguments.shards, "shards"),
+            expand_shards(arguments.shards, "shards", cache.glob),
             sorted(required),
             arguments.segmentation and arguments.segmentation.lower(),
             directory=arguments.output,
             workers=arguments.workers,
+            storage=Routed(LOCAL_FILES, cache),
             dimensions=arguments.dimensions,
         )
         facts = facts_of(index, arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ShardReadError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     if arguments.json:

@@ -167,7 +167,7 @@ def _json_type(value: object) -> str:
 def gather(wanted: Wanted, rows: np.ndarray, workers: int) -> Iterator[Facts]:
     """The facts of the rows, a chunk at a time, made in threads: decoders let go of the interpreter's lock."""
     chunks = iter(np.array_split(rows, max(1, -(-len(rows) // CHUNK))))
-    readers = [ShardReader(wanted.index.paths) for _ in range(workers)]
+    readers = [ShardReader(wanted.index.paths, wanted.index.storage) for _ in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
         while window := list(islice(chunks, workers)):  # a reader is used by one thread at a time
             yield from pool.map(facts_of, [wanted] * len(window), window, readers)
@@ -182,7 +182,7 @@ def mixed_rows(index: ShardIndex, purpose: str) -> np.ndarray:
 
 def pictures(wanted: Wanted, rows: np.ndarray, count: int) -> Iterator[tuple[Tensor, str]]:
     """The first `count` images among the rows that can be decoded, (3, H, W) uint8, with their captions."""
-    reader = ShardReader(wanted.index.paths)
+    reader = ShardReader(wanted.index.paths, wanted.index.storage)
     for row in rows.tolist():
         if count == 0:
             break

@@ -26,7 +26,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ldm_train.callbacks.drawing import Tile, captioned_grid
-from ldm_train.data.index import IMAGE, ShardIndex, build_index, expand_shards
+from ldm_train.data import RemoteFiles, Routed, ShardCache, ShardReadError
+from ldm_train.data.index import IMAGE, ShardIndex, build_index
+from ldm_train.data.locations import expand_shards
+from ldm_train.data.storage import LOCAL_FILES
 from ldm_train.data.transforms import center_square
 
 QUANTILES = {"least": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "most": 1.0}
@@ -241,9 +244,11 @@ def inspect(arguments: argparse.Namespace, console: Console) -> tuple[Wanted, Fa
     """Look at all samples under a progress bar.
 
     Raises:
-        ValueError, OSError: if the shards cannot be found or read.
+        ValueError, OSError, ShardReadError: if the shards cannot be found or read.
     """
-    index = build_index(expand_shards(arguments.shards, "SHARDS"), (IMAGE,))
+    cache = ShardCache(arguments.cache_dir, arguments.cache_bytes, RemoteFiles())
+    paths = expand_shards(arguments.shards, "SHARDS", cache.glob)
+    index = build_index(paths, (IMAGE,), storage=Routed(LOCAL_FILES, cache))
     count = len(index) if arguments.decode == "all" else arguments.decode
     decode = np.zeros(len(index), dtype=bool)
     decode[mixed_rows(index, f"decode {arguments.seed}")[:count]] = True
@@ -281,7 +286,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, positive = parser.add_argument, number(1, "1 or more")
-    add("shards", nargs="+", metavar="SHARDS", help="tar files: paths, globs and brace patterns")
+    add("shards", nargs="+", metavar="SHARDS", help="tar files: paths, URLs, globs and brace patterns")
     add("--json", type=Path, metavar="FILE", help="write everything that is found")
     add("--sheet", type=Path, metavar="FILE.png", help="draw a contact sheet")
     add(
@@ -295,6 +300,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--caption-field", help="a metadata field with the captions, instead of the .txt")
     add("--tokens", action="store_true", help="count the captions' tokens too (CLIP's vocabulary)")
     add("--max-pixels", type=positive, default=1 << 26, help="larger images are bad (default: %(default)s)")
+    add("--cache-dir", metavar="DIR", help="where copies of remote shards lie (default: under TMPDIR)")
+    add("--cache-bytes", type=positive, default=100 << 30, help="their size at most (default: %(default)s)")
     add("--seed", type=number(0, "0 or more"), default=0, help="chooses other samples (default: %(default)s)")
     add("--workers", type=positive, default=4, help="threads (default: %(default)s)")
     return parser.parse_args(argv)
@@ -306,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         wanted, facts = inspect(arguments, console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ShardReadError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     found = report(wanted.index, facts, arguments.image_size)

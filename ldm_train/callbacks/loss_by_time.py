@@ -7,7 +7,6 @@ the training loss, says little (Nichol and Dhariwal 2021, section 3.3). The erro
 different weightings can be compared.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,9 +38,9 @@ class LossByQuarter(Metric):
         self.sums.index_add_(0, quarter, values.to(self.sums.dtype))
         self.counts.index_add_(0, quarter, torch.ones_like(values, dtype=self.counts.dtype))
 
-    def compute(self) -> Tensor:
-        """The mean of each quarter, NaN for one without values: (4,)."""
-        return self.sums / self.counts
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """The mean of each quarter, and of how many values it is the mean: (4,) each."""
+        return self.sums / self.counts, self.counts
 
 
 class LossByTime(L.Callback):
@@ -98,7 +97,8 @@ def _add(metric: LossByQuarter, outputs: Tensor | Mapping[str, Any] | None, pl_m
 
 
 def _log(pl_module: L.LightningModule, split: str, metric: LossByQuarter) -> None:
-    for number, value in enumerate(metric.compute().tolist(), start=1):
-        if math.isfinite(value):  # a quarter that no time fell into has no figure
-            pl_module.log(f"{split}/loss_q{number}", value)
+    means, counts = (found.tolist() for found in metric.compute())
+    for number, (mean, count) in enumerate(zip(means, counts, strict=True), start=1):
+        if count:  # a quarter that no time fell into has no figure; one with a loss of NaN has
+            pl_module.log(f"{split}/loss_q{number}", mean)
     metric.reset()

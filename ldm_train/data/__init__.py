@@ -25,15 +25,19 @@ from ldm_train.data.filters import (
     Minimum,
     MinimumSize,
 )
-from ldm_train.data.index import Damage, ShardIndex, build_index, expand_shards
+from ldm_train.data.index import Damage, ShardIndex, build_index
 from ldm_train.data.labels import FieldLabel, Label
 from ldm_train.data.latents import LatentCache, LatentTextDataset
+from ldm_train.data.locations import expand_shards
 from ldm_train.data.mixed_order import MixedOrder
 from ldm_train.data.order import Order, ShuffledOrder
 from ldm_train.data.quarantine import Quarantine, TooManyBadSamplesError
+from ldm_train.data.remote import RemoteFiles
 from ldm_train.data.sampler import BatchRequest, Position, TrainingSampler, ValidationSampler
 from ldm_train.data.segmentation import ColourRegions, PixelClassifier, SegmentationMember
-from ldm_train.data.shards import ShardReader, ShardReadError, scan_shard
+from ldm_train.data.shard_cache import ShardCache
+from ldm_train.data.shards import ShardReader, scan_shard
+from ldm_train.data.storage import LocalFiles, Routed, ShardReadError, Storage
 
 __all__ = [
     "AspectBuckets",
@@ -58,6 +62,7 @@ __all__ = [
     "Label",
     "LatentCache",
     "LatentTextDataset",
+    "LocalFiles",
     "Maximum",
     "Minimum",
     "MinimumSize",
@@ -69,14 +74,18 @@ __all__ = [
     "Quarantine",
     "RandomCrop",
     "RandomResizedCrop",
+    "RemoteFiles",
+    "Routed",
     "SegmentationMember",
     "Shape",
     "ShapeOfRow",
+    "ShardCache",
     "ShardIndex",
     "ShardReadError",
     "ShardReader",
     "ShuffledOrder",
     "ShuffledTags",
+    "Storage",
     "TextCaption",
     "TextLines",
     "Texts",

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,15 +18,18 @@ from ldm_train.data.bucketed_order import BucketedOrder
 from ldm_train.data.buckets import AspectBuckets, ShapeOfRow, assign
 from ldm_train.data.crops import Shape
 from ldm_train.data.filters import Filter
-from ldm_train.data.index import Damage, ShardIndex, build_index, expand_shards
+from ldm_train.data.index import Damage, ShardIndex, build_index
+from ldm_train.data.locations import expand_shards
 from ldm_train.data.mixed_order import MixedOrder
 from ldm_train.data.order import Order, ShuffledOrder
+from ldm_train.data.shard_cache import ShardCache
+from ldm_train.data.storage import LOCAL_FILES, Routed
 
 _BLOCK = 1 << 20
 Shards = str | Sequence[str]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class CorpusOptions:
     """What a corpus is made of; the keys are those of `data` in the config.
 
@@ -97,7 +100,8 @@ class CorpusOptions:
             check(is_whole, f"mixture.{name}", source, "of the form {shards: ..., weight: ...}")
 
 
-class Split(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Split:
     """Samples, and the bucket of each, (N,) uint8 or uint16; None where all are squares."""
 
     index: ShardIndex
@@ -110,9 +114,11 @@ class Corpus:
 
     Args:
         options: what is asked for.
+        cache: where shards behind URLs come from.
     """
 
     options: CorpusOptions
+    cache: ShardCache
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -183,7 +189,7 @@ class Corpus:
 
     def _order(self, first: int, end: int) -> Order:
         """The order of the shards from `first` to `end`, over rows from 0."""
-        options, (index, buckets) = self.options, self.training
+        options, index, buckets = self.options, self.training.index, self.training.buckets
         starts = index.starts[first : end + 1] - index.starts[first]
         shuffle = options.seed, options.shuffle_groups, options.shuffle_window
         if buckets is None:
@@ -196,12 +202,14 @@ class Corpus:
         """Name -> shards of each data set."""
         if self.options.mixture is None:
             assert self.options.shards is not None
-            return {"data": expand_shards(self.options.shards)}
+            return {"data": expand_shards(self.options.shards, "data.shards", self.cache.glob)}
         sources = {
-            name: expand_shards(source["shards"], f"data.mixture.{name}.shards")
+            name: expand_shards(source["shards"], f"data.mixture.{name}.shards", self.cache.glob)
             for name, source in self.options.mixture.items()
         }
-        expand_shards([path for paths in sources.values() for path in paths], "data.mixture")  # each once
+        expand_shards(
+            [path for paths in sources.values() for path in paths], "data.mixture", self.cache.glob
+        )  # each once
         return sources
 
     @cached_property
@@ -212,7 +220,7 @@ class Corpus:
             index = index.first(options.limit)
         training, validation = index.split(options.val_fraction)
         if options.val_shards:
-            validation = self._indexed(expand_shards(options.val_shards, "data.val_shards"))
+            validation = self._indexed(expand_shards(options.val_shards, "data.val_shards", self.cache.glob))
         if not len(training):
             raise ValueError(
                 f"no training image is left: {len(index.damage)} damaged, refused {dict(index.refused)}. At least one "
@@ -235,6 +243,7 @@ class Corpus:
             options.segmentation,
             options.index_dir,
             options.index_workers,
+            Routed(LOCAL_FILES, self.cache),
             dimensions=options.buckets is not None,
         )
         return index.filtered(options.filters, options.index_workers)

@@ -32,12 +32,15 @@ from ldm_train.data.filters import Filter
 from ldm_train.data.index import IMAGE, METADATA, ShardIndex
 from ldm_train.data.labels import Label
 from ldm_train.data.latents import LatentCache, LatentTextDataset
+from ldm_train.data.locations import is_url
 from ldm_train.data.quarantine import Quarantine, running_totals
+from ldm_train.data.remote import RemoteFiles
 from ldm_train.data.sampler import BatchRequest, Position, TrainingSampler, ValidationSampler
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
+from ldm_train.data.shard_cache import ShardCache
 
 _STATE_VERSION = 1
-_PLACE = ("epoch", "samples", "global_batch_size", "quarantine")  # of a state: where training stands, no identity
+_PLACE = ("epoch", "samples", "global_batch_size")  # of a state: where training stands, no identity
 _TRAINING, _VALIDATION = "training", "validation"
 
 
@@ -56,7 +59,7 @@ class ImageTextDataModule(L.LightningDataModule):
     """Batches of captioned images from WebDataset shards.
 
     Args:
-        shards: tar files: paths, globs and brace patterns, one or a list; None beside `mixture`.
+        shards: tar files: paths, URLs, globs and brace patterns, one or a list; None beside `mixture`.
         image_size: side of the square images in pixels.
         batch_size: images per device and step.
         seed: the run's seed: order and augmentation follow from it.
@@ -86,8 +89,16 @@ class ImageTextDataModule(L.LightningDataModule):
         mixture_length: images of an epoch of the mixture; None is all of them.
         index_dir: folder that keeps indices between runs; None indexes in memory.
         index_workers: processes that index shards; 0 and 1 use the main one.
+        cache_dir: node-local directory for copies of remote shards, see `ShardCache`; None: under `TMPDIR`.
+        cache_bytes: its size at most.
+        storage_options: what reaches the stores of each protocol, see `RemoteFiles`.
         latents: the shards are cached latents, see `ldm_train.data.latents`; None: they are images.
     """
+
+    _restored: dict[str, Any] | None = None
+    _sampler: TrainingSampler | None = None
+    _untrained = Position()
+    _processed_before = -1
 
     def __init__(
         self,
@@ -120,47 +131,30 @@ class ImageTextDataModule(L.LightningDataModule):
         mixture_length: int | None = None,
         index_dir: str | None = None,
         index_workers: int = 0,
+        cache_dir: str | None = None,
+        cache_bytes: int = 100 << 30,
+        storage_options: Mapping[str, Mapping[str, Any]] | None = None,
         latents: LatentCache | None = None,
     ) -> None:
         super().__init__()
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
-        self.seed, self.cache_decoded = seed, cache_decoded
-        self.max_bad_fraction, self.prefetch_factor, self.latents = max_bad_fraction, prefetch_factor, latents
+        self.batch_size, self.val_batch_size = batch_size, batch_size if val_batch_size is None else val_batch_size
+        self.seed, self.cache_decoded, self.max_bad_fraction = seed, cache_decoded, max_bad_fraction
+        self.num_workers, self.prefetch_factor, self.latents = num_workers, prefetch_factor, latents
         check(buckets is None or latents is None, "buckets", "set", "null: cached latents are of squares")
         self.quarantine_dir = None if quarantine_dir is None else Path(quarantine_dir)
-        self.options = ImageOptions(
-            image_size, crop_of(crop), flip, interpolation, max_pixels, caption or TextCaption(), label, segmentation
-        )
+        caption, crop = caption or TextCaption(), crop_of(crop)
+        self.options = ImageOptions(image_size, crop, flip, interpolation, max_pixels, caption, label, segmentation)
+        self.shard_cache = ShardCache(cache_dir, cache_bytes, RemoteFiles(storage_options), num_workers)
         self._check_arguments()
+        which = shards, mixture, mixture_length, val_fraction, val_shards, list(filters or ()), limit
+        extension = segmentation.extension if isinstance(segmentation, SegmentationMember) else None
+        shapes, order = (buckets, bucket_unit, image_size), (shuffle_groups, shuffle_window)
         self.corpus = Corpus(
-            CorpusOptions(
-                seed=seed,
-                shards=shards,
-                mixture=mixture,
-                mixture_length=mixture_length,
-                val_fraction=val_fraction,
-                val_shards=val_shards,
-                filters=list(filters or ()),
-                limit=limit,
-                required=self._required,
-                segmentation=segmentation.extension if isinstance(segmentation, SegmentationMember) else None,
-                buckets=buckets,
-                bucket_unit=bucket_unit,
-                image_size=image_size,
-                shuffle_groups=shuffle_groups,
-                shuffle_window=shuffle_window,
-                index_dir=index_dir,
-                index_workers=index_workers,
-            )
+            CorpusOptions(seed, *which, self._required, extension, *shapes, *order, index_dir, index_workers),
+            self.shard_cache,
         )
         self._caches: dict[str, dict[tuple[int, Shape], Sample]] = {_TRAINING: {}, _VALIDATION: {}}
         self._quarantines: list[Quarantine] = []
-        self._training_quarantine: Quarantine | None = None
-        self._restored: dict[str, Any] | None = None
-        self._sampler: TrainingSampler | None = None
-        self._untrained = Position()
-        self._processed_before = -1
 
     def _check_arguments(self) -> None:
         for key in ("batch_size", "val_batch_size", "prefetch_factor"):
@@ -172,6 +166,7 @@ class ImageTextDataModule(L.LightningDataModule):
         check(self.num_workers >= 0, "num_workers", self.num_workers, "0 (load in the main process) or more")
         check(0 <= self.seed < 1 << 64, "seed", self.seed, "from 0 to 2^64 - 1 (it is the root key `seed`)")
         check(0.0 <= self.max_bad_fraction <= 1.0, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
+        check(self.shard_cache.max_bytes > 0, "cache_bytes", self.shard_cache.max_bytes, "positive")
         interpolation = self.options.interpolation
         check(interpolation in INTERPOLATIONS, "interpolation", interpolation, f"one of {INTERPOLATIONS}")
         is_fixed = crop_of(self.options.crop).draws == 0
@@ -216,7 +211,8 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def meters(self) -> dict[str, float]:
         """What this rank's loading has come to so far; the sum over ranks is the run's."""
-        return running_totals(self._quarantines)
+        is_remote = any(is_url(path) for path in self.train_index.paths)
+        return running_totals(self._quarantines, [self.shard_cache] if is_remote else [])
 
     def summary(self) -> dict[str, object]:
         """Plain facts for the start-up table."""
@@ -256,10 +252,8 @@ class ImageTextDataModule(L.LightningDataModule):
         self._sampler = TrainingSampler(self.corpus.order, self.batch_size, *self._ranks)
         training = self.corpus.training
         dataset = self._dataset(training.index, self.options, _TRAINING, shape_of=self.corpus.shape_of(training))
-        self._training_quarantine = dataset.quarantine
         if self._restored:
             self._restore(self._sampler, self._restored)
-            dataset.quarantine.restore(self._restored.get("quarantine", {}))
         self._untrained, self._processed_before = self._sampler.position, -1
         return self._loader(dataset, self._sampler)
 
@@ -267,7 +261,8 @@ class ImageTextDataModule(L.LightningDataModule):
         """This rank's validation batches, the same in every epoch; an empty list without validation images."""
         if not len(self.val_index):
             return []
-        index, buckets = validation = self.corpus.validation
+        validation = self.corpus.validation
+        index, buckets = validation.index, validation.buckets
         sampler = ValidationSampler(len(index), self.val_batch_size, *self._ranks, buckets=buckets)
         shape_of = self.corpus.shape_of(validation)
         return self._loader(self._dataset(index, self.options.plain(), _VALIDATION, shape_of=shape_of), sampler)
@@ -346,8 +341,7 @@ class ImageTextDataModule(L.LightningDataModule):
         epoch, samples = self._sampler.position if is_trained else self._untrained
         batch = self._sampler.global_batch_size
         place = {"epoch": epoch, "samples": samples, "global_batch_size": batch}
-        counted = {} if self._training_quarantine is None else {"quarantine": self._training_quarantine.state()}
-        return {**self._identity(), **place, **counted}
+        return {**self._identity(), **place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for `train_dataloader`; validation does not need it to fit."""

@@ -22,7 +22,8 @@ from ldm_train.data.labels import Label
 from ldm_train.data.quarantine import Quarantine, TooManyBadSamplesError
 from ldm_train.data.sampler import BatchRequest, substitute_rows
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
-from ldm_train.data.shards import ShardReader, ShardReadError
+from ldm_train.data.shards import ShardReader
+from ldm_train.data.storage import ShardReadError
 from ldm_train.data.transforms import cut, decode_rgb, resize, resize_classes, to_signed_unit
 from ldm_train.randomness import Stream, uniform, visit_id
 
@@ -116,7 +117,7 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
     ) -> None:
         self.index, self.options, self.seed, self.quarantine, self.cache = index, options, seed, quarantine, cache
         self.shape_of, self.finish, self.crop = shape_of, finish, crop_of(options.crop)
-        self.reader = ShardReader(index.paths)
+        self.reader = ShardReader(index.paths, index.storage)
         self._augmentation_draws = max(self.crop.draws, FLIP + 1 if options.flip else 0)
 
     def __len__(self) -> int:

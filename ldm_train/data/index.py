@@ -11,11 +11,9 @@ The fingerprint hashes the shards' names and sizes, the samples they hold, and h
 equal fingerprints see equal rows.
 """
 
-import glob
 import hashlib
 import json
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,18 +24,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from braceexpand import braceexpand
 
-from ldm_train.data.columns import Columns, open_array
+from ldm_train.data.columns import Columns, gathered, open_array
 from ldm_train.data.filters import Filter
-from ldm_train.data.index_store import UnwritableError, built, is_url, looked_up, opened_or_built, relative_names
+from ldm_train.data.index_store import UnwritableError, built, looked_up, opened_or_built, relative_names
 from ldm_train.data.judging import Judge, ShardSamples, read_metadata
-from ldm_train.data.local_files import LOCAL_FILES, Storage
+from ldm_train.data.locations import is_url
 from ldm_train.data.parallel import map_in_order, tracked
 from ldm_train.data.parquet import parquet_of
 from ldm_train.data.scanning import CAPTION, IMAGE, KINDS, METADATA, SEGMENTATION, Contents
 from ldm_train.data.selections import RowNumbers, kept_rows, selection_key, smallest
 from ldm_train.data.shards import ShardReader
+from ldm_train.data.storage import LOCAL_FILES, ShardReadError, Storage
 
 __all__ = [
     "CAPTION",
@@ -47,7 +45,6 @@ __all__ = [
     "Damage",
     "ShardIndex",
     "build_index",
-    "expand_shards",
 ]
 _LOOKS = 16  # files asked for at a time: file servers answer slowly, but many at once
 
@@ -57,40 +54,6 @@ class Damage(NamedTuple):
 
     shard: str
     reason: str
-
-
-def expand_shards(shards: str | Sequence[str], key: str = "data.shards") -> tuple[str, ...]:
-    """The files that brace patterns (`{00000..00003}.tar`), globs (`*.tar`) and paths name, each once, in order.
-
-    Args:
-        shards: one pattern or a list of them.
-        key: the config key they come from, for error messages.
-    """
-    paths: list[str] = []
-    for pattern in [shards] if isinstance(shards, str) else shards:
-        if re.match(r"pipe:|\w+://", pattern):
-            raise ValueError(f"`{key}` names {pattern!r}; allowed are files on a mounted disk: copy the shards there.")
-        for name in braceexpand(os.path.expanduser(pattern)):
-            found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
-            strange = [path for path in found if not os.path.isfile(path)]
-            if strange:  # to open a named pipe would wait for ever
-                raise FileNotFoundError(
-                    f"{strange[0]} is a folder, a pipe or a broken link. Allowed are tar files; `{key}` is {pattern!r}."
-                )
-            if not found:
-                folder = os.path.dirname(os.path.abspath(name))
-                state = "exists" if os.path.isdir(folder) else "does not exist"
-                raise FileNotFoundError(
-                    f"no shard {os.path.basename(name)!r} in {folder} (the folder {state}). Allowed are paths, globs "
-                    f"and brace patterns of existing tar files; `{key}` is {pattern!r}."
-                )
-            paths += found
-    path, count = Counter(map(os.path.realpath, paths)).most_common(1)[0] if paths else ("", 0)
-    if count > 1:
-        raise ValueError(f"the shard {path} is named {count} times; each may take part once: shorten `{key}`.")
-    if not paths:
-        raise ValueError(f"`{key}` is empty; it must name at least one tar file.")
-    return tuple(paths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +110,8 @@ class ShardIndex:
 
     def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the members of rows (n,) lie: (n, K) int64 byte offsets and (n, K) int32 sizes, -1 where absent."""
-        chosen = self.sample_id[rows]
-        return self.columns.offsets[chosen], self.columns.sizes[chosen]
+        chosen = self.sample_id[rows] if self.rows is None else gathered(self.rows, rows)
+        return gathered(self.columns.offsets, chosen), gathered(self.columns.sizes, chosen)
 
     def dimensions(self, rows: np.ndarray) -> np.ndarray:
         """(n, 2) int32 width and height in pixels of the images of rows (n,), -1 where their header is unreadable.
@@ -297,7 +260,7 @@ class ShardIndex:
         def look(path: str) -> str:
             try:
                 return " ".join(map(str, self.storage.identity(parquet_of(path))))
-            except OSError:
+            except (OSError, ShardReadError):
                 return ""
 
         with ThreadPoolExecutor(_LOOKS) as pool:
@@ -347,7 +310,7 @@ def build_index(
     """Index shards by reading their tar headers, or open the index that an earlier run left.
 
     Args:
-        paths: tar files, see `expand_shards`.
+        paths: tar files, see `ldm_train.data.locations.expand_shards`.
         required: the members without which a sample is incomplete.
         segmentation: the extension of segmentation maps, in lower case, without which a sample is incomplete too;
             `None` indexes none.

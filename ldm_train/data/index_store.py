@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import time
 import warnings
@@ -33,9 +32,10 @@ from pathlib import Path
 import numpy as np
 
 from ldm_train.data.columns import Columns, ColumnsWriter, joined, of_scan, open_columns
-from ldm_train.data.local_files import Identity, Storage
+from ldm_train.data.locations import is_url
 from ldm_train.data.parallel import map_in_order, tracked
 from ldm_train.data.scanning import Contents, scan
+from ldm_train.data.storage import Identity, Storage
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1
@@ -78,15 +78,11 @@ class Table:
         return list(zip(self.locations, self.sizes, self.versions, strict=True))
 
 
-def is_url(location: str) -> bool:
-    """Whether a location is a URL and not a path."""
-    return re.match(r"\w+://", location) is not None
-
-
 def relative_names(locations: Sequence[str]) -> tuple[str, ...]:
-    """The locations relative to the folder that holds them all."""
+    """The locations relative to the folder that holds them all; a URL's query, often a signature, is no part of it."""
     if any(map(is_url, locations)):
-        parts = [location.split("/") for location in locations]
+        plain = [location.partition("?")[0] if is_url(location) else location for location in locations]
+        parts = [location.split("/") for location in (plain if len({*plain}) == len(plain) else locations)]
         folders = zip(*(part[:-1] for part in parts), strict=False)
         shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, folders))
         return tuple("/".join(part[shared:]) for part in parts)

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm_train.data.filters import Filter
-from ldm_train.data.local_files import Storage
 from ldm_train.data.parquet import read_table
 from ldm_train.data.quarantine import MetadataError
 from ldm_train.data.scanning import KINDS, METADATA
 from ldm_train.data.shards import ShardReader
+from ldm_train.data.storage import Storage
 
 
 class ShardSamples(NamedTuple):
@@ -55,7 +55,7 @@ class Judge:
         """Which samples of a shard are kept, (n,) bool, and how many are not, by reason."""
         fields = self.fields
         table = read_table(samples.location, fields, self.storage) if fields and samples.keys else {}
-        reader = ShardReader((samples.location,))
+        reader = ShardReader((samples.location,), self.storage)
         keep = np.zeros(len(samples.keys), dtype=bool)
         refused: Counter[str] = Counter()
         for row, (name, place) in enumerate(zip(samples.keys, samples.places.tolist(), strict=True)):

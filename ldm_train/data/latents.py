@@ -32,7 +32,8 @@ from torch import Tensor
 from ldm_train.batch import ImageTextBatch, LatentFacts
 from ldm_train.data.crops import Box, Shape, crop_of, margins
 from ldm_train.data.dataset import Draws, ImageOptions, ImageTextDataset, Sample
-from ldm_train.data.index import IMAGE, ShardIndex, build_index, expand_shards
+from ldm_train.data.index import IMAGE, ShardIndex, build_index
+from ldm_train.data.locations import expand_shards
 
 EXTENSION = "latent"
 MANIFEST = "manifest.json"

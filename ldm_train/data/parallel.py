@@ -4,7 +4,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,6 +12,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _AHEAD = 4  # items per worker that are under way: enough that none waits, few enough to fit in memory
+
+
+# What this process computes, where it belongs to a pool: sent once, and what the function holds of shared memory is
+# inherited by a fork, where to send it with each item would make a file descriptor each time.
+_kept: list[Callable[[Any], Any]] = []
+
+
+def _keep(function: Callable[[Any], Any]) -> None:
+    _kept[:] = [function]
+
+
+def _apply(item: object) -> Any:  # noqa: ANN401 (any function's result)
+    return _kept[0](item)
 
 
 def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
@@ -26,10 +39,10 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], work
         yield from map(function, items)
         return
     pending: deque[Future[Result]] = deque()
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=_keep, initargs=(function,)) as pool:
         try:
             for item in items:
-                pending.append(pool.submit(function, item))
+                pending.append(pool.submit(_apply, item))
                 if len(pending) >= _AHEAD * workers:
                     yield pending.popleft().result()
             while pending:

@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ldm_train.data.local_files import Storage
+from ldm_train.data.locations import beside
+from ldm_train.data.storage import ShardReadError, Storage
 
 MetadataTable = dict[str, dict[str, Any]]  # the fields of a sample by its key
 _KEY = "key"
@@ -23,7 +24,7 @@ _KEY = "key"
 
 def parquet_of(location: str) -> str:
     """The parquet that img2dataset writes beside a shard."""
-    return location.removesuffix(".tar") + ".parquet"
+    return beside(location, ".parquet")
 
 
 def read_table(location: str, fields: Sequence[str], storage: Storage) -> MetadataTable:
@@ -37,7 +38,7 @@ def read_table(location: str, fields: Sequence[str], storage: Storage) -> Metada
     try:
         with os.fdopen(storage.open(parquet_of(location)), "rb") as file:
             columns = _read_columns(pq.ParquetFile(file), fields)
-    except (OSError, pa.ArrowException):
+    except (OSError, ShardReadError, pa.ArrowException):
         return {}
     if columns is None:
         return {}

@@ -9,15 +9,16 @@ A sample is bad if a part of it raises while it is made; the *kind* says which p
     label          the class of the sample is none of the known ones
     segmentation   the segmentation map is damaged or does not fit its image
 
-Each worker process counts for itself, in memory that the main process reads: no message, no lock. A run that resumes
-goes on counting from the state of the one before, and names no sample that is named already.
+Each worker process counts for itself, in memory that the main process reads: no message, no lock. A run that
+resumes counts anew, for what was fetched and not trained is no part of where training stands, but names no sample that
+is named already.
 """
 
 import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -86,8 +87,7 @@ class Quarantine:
 
     def __init__(self, path: Path | None, max_bad_fraction: float, num_workers: int) -> None:
         self.path, self.max_bad_fraction = path, max_bad_fraction
-        # A row for each process, and below them one for the runs before this one.
-        self.counts = torch.zeros(max(1, num_workers) + 1, len(_COLUMNS), dtype=torch.int64)
+        self.counts = torch.zeros(max(1, num_workers), len(_COLUMNS), dtype=torch.int64)  # a row for each process
         if num_workers:
             self.counts.share_memory_()
         self._named = set() if path is None else set(_named_in(path))
@@ -111,7 +111,7 @@ class Quarantine:
     @property
     def work(self) -> tuple[int, float]:
         """Samples that this run's workers made, and the seconds that they worked for them, one after the other."""
-        samples, nanoseconds = self.counts[:-1, :2].sum(dim=0).tolist()
+        samples, nanoseconds = self.counts[:, :2].sum(dim=0).tolist()
         return samples, nanoseconds / 1e9
 
     @contextmanager
@@ -141,15 +141,6 @@ class Quarantine:
                 f"{self.max_bad_fraction:.2%} may fail: mend or leave out the samples listed in `data.quarantine_dir`, "
                 "or raise `data.max_bad_fraction`."
             )
-
-    def state(self) -> dict[str, int]:
-        """What was counted so far, for the run that resumes this one."""
-        return {"seen": self.seen, **self.bad_by_kind}
-
-    def restore(self, state: Mapping[str, int]) -> None:
-        """Count on from the `state` of an earlier run."""
-        for column, name in enumerate(_COLUMNS):
-            self.counts[-1, column] = state.get(name, 0)
 
     @staticmethod
     def _worker() -> int:

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ldm_train.data.local_files import Storage
+from ldm_train.data.locations import beside
 from ldm_train.data.parquet import MetadataTable, read_table
 from ldm_train.data.shards import Member, scan_shard
+from ldm_train.data.storage import ShardReadError, Storage
 
 IMAGE, CAPTION, METADATA, SEGMENTATION = 0, 1, 2, 3
 KINDS = ("image", "caption (.txt)", "metadata (.json)", "segmentation map")
@@ -92,8 +93,9 @@ def scan(location: str, contents: Contents, storage: Storage) -> ShardScan:
 
     Raises:
         OSError: if it cannot be read.
+        ShardReadError: if it cannot be fetched.
     """
-    members, damage = scan_shard(location)
+    members, damage = scan_shard(location, storage)
     required = contents.required if contents.segmentation is None else (*contents.required, SEGMENTATION)
     samples, incomplete = _group(members, contents.kinds, required, contents.width)
     promised = _promised(location, storage)
@@ -153,9 +155,9 @@ def _dotted(
 def _promised(location: str, storage: Storage) -> int | None:
     """The number of samples that img2dataset's `<shard>_stats.json` says it wrote."""
     try:
-        with os.fdopen(storage.open(location.removesuffix(".tar") + "_stats.json"), "rb") as file:
+        with os.fdopen(storage.open(beside(location, "_stats.json")), "rb") as file:
             return int(json.load(file)["successes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ShardReadError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ldm_train.data.storage import LOCAL_FILES, ShardReadError, Storage
+
 _BLOCK = 512
 _READ_AHEAD = 4096  # one read usually covers the headers of a caption, its metadata and the next image
 _CHAIN = 1024  # headers followed before their checksums are verified together
@@ -23,7 +25,8 @@ _SCAN = 1 << 20
 _MAX_NAME_RECORD = 1 << 16
 _REGULAR = (b"0", b"\0", b"7")
 _EMPTY = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: no data follow, whatever size they say
-_SILENT = (b"5", b"g", b"K", b"V")  # folders and what describes other members
+_SILENT = (b"5", b"g", b"K")  # folders and what describes other members
+_LABEL = b"V"  # names a volume, and has no data (GNU)
 _LONGEST_END = 1024 + 10240  # the mark, and what fills the last record of twenty blocks
 _CHECKSUM = slice(148, 156)
 
@@ -34,10 +37,6 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
-
-
-class ShardReadError(RuntimeError):
-    """A shard could not be read although it was tried again: the storage is at fault, not a sample."""
 
 
 def _number(field: bytes) -> int:
@@ -168,18 +167,19 @@ def _plain_name(header: bytes) -> str:
     return _text(prefix + b"/" + name if prefix else name)
 
 
-def scan_shard(path: str | Path) -> tuple[list[Member], list[str]]:
+def scan_shard(path: str | Path, storage: Storage = LOCAL_FILES) -> tuple[list[Member], list[str]]:
     """List the files in a tar by its headers.
 
     Args:
-        path: an uncompressed tar file.
+        path: an uncompressed tar file: where the storage has it.
+        storage: what opens it.
 
     Returns:
         The members that lie in the file as a whole, in their order, and a line for each damage that was found.
     """
     members: list[Member] = []
     damage: list[str] = []
-    fd = os.open(path, os.O_RDONLY)
+    fd = storage.open(str(path))
     try:
         file_size = os.fstat(fd).st_size
         long_name: str | None = None
@@ -194,7 +194,7 @@ def scan_shard(path: str | Path) -> tuple[list[Member], list[str]]:
                 damage.append(f"member {name} is cut by the end of the file")
             elif kind in _REGULAR:
                 members.append(Member(name, data, size))
-            elif kind not in _SILENT:
+            elif kind not in _SILENT and (kind != _LABEL or size):
                 damage.append(f"member {name} is a link, a device or of another kind ({kind!r}), and no file")
     finally:
         os.close(fd)
@@ -216,19 +216,31 @@ def _long_name(fd: int, kind: bytes, offset: int, size: int, damage: list[str]) 
 class ShardReader:
     """Reads members of many shards by offset; safe to copy into worker processes.
 
-    File descriptors are opened on first use by the process that uses them and the least recently used is closed.
+    File descriptors are opened on first use by the process that uses them. Those that were idle for a while are closed
+    when another is opened, for a cache keeps what is open.
     A failed or short read is tried again on a fresh descriptor, for file servers recover; then it is fatal.
 
     Args:
-        paths: the shard files, numbered as in the index.
+        paths: the shards' locations, numbered as in the index.
+        storage: what opens them.
         max_open: open files at a time.
         attempts: reads of a member before giving up.
         delay: seconds before the second attempt; doubles with each.
+        idle: seconds without a read after which a file may be closed.
     """
 
-    def __init__(self, paths: tuple[str, ...], max_open: int = 64, attempts: int = 5, delay: float = 0.2) -> None:
-        self.paths, self.max_open, self.attempts, self.delay = paths, max_open, attempts, delay
-        self._open: OrderedDict[int, int] = OrderedDict()
+    def __init__(
+        self,
+        paths: tuple[str, ...],
+        storage: Storage = LOCAL_FILES,
+        max_open: int = 64,
+        attempts: int = 5,
+        delay: float = 0.2,
+        idle: float = 60.0,
+    ) -> None:
+        self.paths, self.storage, self.max_open, self.idle = paths, storage, max_open, idle
+        self.attempts, self.delay = attempts, delay
+        self._open: OrderedDict[int, tuple[int, float]] = OrderedDict()
         self._owner = os.getpid()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
@@ -255,15 +267,25 @@ class ShardReader:
         if self._owner != os.getpid():  # after a fork the descriptors belong to the parent
             self._open, self._owner = OrderedDict(), os.getpid()
         if shard not in self._open:
-            if len(self._open) >= self.max_open:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self.paths[shard], os.O_RDONLY)
+            self._close_idle()
+            self._open[shard] = self.storage.open(self.paths[shard]), 0.0
+        fd = self._open[shard][0]
+        self._open[shard] = fd, time.monotonic()
         self._open.move_to_end(shard)
-        return self._open[shard]
+        return fd
+
+    def _close_idle(self) -> None:
+        """Close what has not been read for long, and the longest unread if too many are open."""
+        oldest = time.monotonic() - self.idle
+        while self._open:
+            shard, (_, last_read) = next(iter(self._open.items()))
+            if last_read >= oldest and len(self._open) < self.max_open:
+                return
+            self._close(shard)
 
     def _close(self, shard: int) -> None:
         if shard in self._open:
-            os.close(self._open.pop(shard))
+            os.close(self._open.pop(shard)[0])
 
     def close(self) -> None:
         """Close every file this process opened."""

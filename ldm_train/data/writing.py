@@ -130,7 +130,10 @@ def metadata_table(rows: list[dict[str, Any]]) -> pa.Table:
 
 def _column(values: list[Any]) -> pa.Array:
     values = [_json(value) if isinstance(value, dict | list) else value for value in values]
+    kinds = {type(value) for value in values if value is not None}
     try:
+        if bool in kinds and len(kinds) > 1:  # in a column of numbers true would become 1
+            raise pa.ArrowTypeError("mixed types")
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return pa.array([None if value is None else _json(value) for value in values])

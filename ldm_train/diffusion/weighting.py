@@ -139,6 +139,7 @@ class VariationalBound(Weighting):
 
     def weight(self, schedule: NoiseSchedule, prediction: Prediction) -> Tensor:
         """k_t^2 / (2 variance), of an x_0 error."""
+        assert self.variance is not None
         t = torch.arange(schedule.num_steps)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = (schedule.scales(time, 1, torch.float64) for time in (t, t - 1))
         k = alpha_s * (1.0 - (alpha_t / alpha_s * sigma_s / sigma_t) ** 2)

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -53,6 +55,26 @@ def test_half_life_counts_the_images_of_an_accumulated_step(tmp_path):
     trainer.fit(stage, ToyData())
     # 8 images, half-life of 1: d = 2^-8, far below the warm-up's 0.1
     torch.testing.assert_close(ema.average.average["colours.weight"], (1 - 2**-8) * stage.colours.weight.detach())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_half_life_counts_the_images_of_all_processes(accumulate):
+    """Twice the processes with half the batch each make the same average."""
+    averages = []
+    for world_size in (1, 2, 4):
+        stage, ema = ToyStage(), EMACallback(decay=None, half_life_images=4)
+        trainer = SimpleNamespace(world_size=world_size, global_step=0)
+        ema.on_fit_start(trainer, stage)
+        ema.on_train_start(trainer, stage)
+        for batch_idx in range(3 * accumulate):
+            torch.nn.init.constant_(stage.colours.weight, float(batch_idx + 1))
+            trainer.global_step = (batch_idx + 1) // accumulate
+            ema.on_train_batch_end(trainer, stage, None, batch_of(range(16 // world_size)), batch_idx)
+        averages.append(float(ema.average.average["colours.weight"][0, 0]))
+    decay, expected = 2 ** (-16 * accumulate / 4), 0.0
+    for step in (1, 2, 3):
+        expected = decay * expected + (1 - decay) * step * accumulate
+    assert averages == pytest.approx([expected] * 3)
 
 
 def test_validation_sees_the_averages_and_leaves_the_raw_weights_bit_equal(tmp_path):

@@ -253,17 +253,33 @@ def moved(samples: dict[str, Truth], place: int, shift: int) -> dict[str, Truth]
     return {key: replace(truth, headers=move(truth.headers), own=move(truth.own)) for key, truth in samples.items()}
 
 
+def claimed_until(before: bytes, after: bytes, samples: dict[str, Truth], place: int) -> int:
+    """Where the member or name record around a byte ends by its header; the byte itself if no header claims it."""
+    for truth in samples.values():
+        for (first, last), (_, end) in zip(truth.headers, truth.own, strict=True):
+            for start, stop in ((first, last), (last, end + -end % BLOCK)):
+                is_sound = before[start : start + BLOCK] == after[start : start + BLOCK]
+                if start <= place < stop and is_sound:
+                    return stop
+    return place
+
+
 def taken_out(rng: np.random.Generator) -> Case:
     """Bytes are missing in the middle: all headers behind may be off the grid of 512, and are lost."""
     data, samples = whole(rng)
     begin = int(rng.integers(len(data) - 1))
     count = int(rng.integers(1, 2000)) if rng.integers(2) else BLOCK * int(rng.integers(1, 5))
     end = min(len(data), begin + count)
+    rest = data[:begin] + data[end:]
+    # By its header the member that lost data still has them all: it swallows what now lies there, whole headers where
+    # blocks are lost. No reader may take them for headers again, for the data of a member may be a tar.
+    swallowed = claimed_until(data, rest, samples, begin) + end - begin
     hit, behind = (overlapping(samples, [(begin, until)]) for until in (end, EVERYTHING))
-    added = None if names_hit(samples, [(begin, end)]) else frozenset()
+    added = None if names_hit(samples, [(begin, swallowed)]) else frozenset()
     is_on_grid = (end - begin) % BLOCK == 0
     after = moved(samples, end, begin - end)
-    return Case(data[:begin] + data[end:], after, hit, hit if is_on_grid else behind, added, is_counted=True)
+    losable = overlapping(samples, [(begin, swallowed)]) if is_on_grid else behind
+    return Case(rest, after, hit, losable, added, is_counted=True)
 
 
 def put_in(rng: np.random.Generator) -> Case:

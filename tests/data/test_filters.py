@@ -5,13 +5,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ldm_train.data import FieldIn, FieldNotIn, MinimumSize, build_index, expand_shards
 from ldm_train.data.filters import AspectRatio, CaptionLength, Maximum, Minimum
-from ldm_train.data.local_files import LOCAL_FILES
 from ldm_train.data.parquet import read_table
+from ldm_train.data.storage import LOCAL_FILES
 from ldm_train.data.writing import metadata_table
 from tests.data.conftest import sample, write_tar
 
@@ -140,6 +140,7 @@ EVERY += [FieldNotIn("a", [0, "1"]), CaptionLength(1, 3), Maximum("b", 2)]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(rows=[{"b": 0.0}, {"a": None, "b": False}], filters=[EVERY[1]])  # false is no number, and must stay false
 @given(rows=ROWS, filters=st.lists(st.sampled_from(EVERY), min_size=1, max_size=3))
 def test_parquet_and_json_give_the_same_selection(tmp_path_factory, rows, filters):
     folder = tmp_path_factory.mktemp("shards")

@@ -37,7 +37,7 @@ def test_patterns_globs_and_lists_name_the_same_shards(write_shards, tmp_path):
         (["{0}/*.tar", "{0}/00001.tar"], ValueError, r"00001.tar is named 2 times.*`data.shards`"),
         ([], ValueError, r"`data.shards` is empty"),
         ("pipe:cat {0}/00000.tar", ValueError, r"`data.shards` names 'pipe:"),
-        ("s3://bucket/00000.tar", ValueError, r"files on a mounted disk"),
+        ("ftp://host/00000.tar", ValueError, r"files on a mounted disk"),
     ],
 )
 def test_wrong_shards_are_refused(write_shards, tmp_path, shards, error, message):

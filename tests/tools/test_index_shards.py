@@ -6,7 +6,8 @@ import index_shards
 import pytest
 
 from ldm_train.data import index_store
-from ldm_train.data.index import build_index, expand_shards
+from ldm_train.data.index import build_index
+from ldm_train.data.locations import expand_shards
 from tests.data.conftest import sample, write_tar
 
 

@@ -1,0 +1,112 @@
+"""Patterns in, locations out: a location is the path of a shard on a mounted disk, or its URL.
+
+URLs come from lists that others wrote, so they are data: only the protocols below are opened, and a URL never runs a
+program, as `pipe:` does elsewhere. What is remote is listed only for a glob; a URL without one is believed until it is
+read.
+"""
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from braceexpand import braceexpand
+
+PROTOCOLS = ("s3", "gs", "hf", "http", "https")
+_SCHEME = re.compile(r"([A-Za-z][\w+.-]*)://")
+_MAGIC = re.compile(r"[*?\[]")
+
+
+def is_url(location: str) -> bool:
+    """Whether a location is a URL rather than a path."""
+    return _SCHEME.match(location) is not None
+
+
+def protocol_of(location: str) -> str:
+    """What stands before `://`; ValueError if that is not one of `PROTOCOLS`."""
+    scheme = _SCHEME.match(location)
+    if scheme is None or scheme[1] not in PROTOCOLS:
+        raise ValueError(
+            f"the protocol of {shown(location)!r} is unknown; allowed are paths and {', '.join(PROTOCOLS)} URLs: "
+            "change `data.shards`."
+        )
+    return scheme[1]
+
+
+def shown(text: str) -> str:
+    """A text with the secrets of the URLs in it left out: the user's name and password, and the query."""
+    text = re.sub(r"(\w://)[^/\s@'\"]*@", r"\1", text)
+    return re.sub(r"(\w://[^\s'\"?]*)\?[^\s'\"]*", r"\1?...", text)
+
+
+def beside(location: str, ending: str) -> str:
+    """The location of a file that stands beside a shard and is named after it: `.tar` gives way to the ending."""
+    path, mark, query = location.partition("?") if is_url(location) else (location, "", "")
+    return path.removesuffix(".tar") + ending + mark + query
+
+
+def expand_shards(
+    shards: str | Sequence[str], key: str = "data.shards", list_remote: Callable[[str], list[str]] | None = None
+) -> tuple[str, ...]:
+    """The locations that brace patterns (`{00000..00003}.tar`), globs (`*.tar`), paths and URLs name, in order.
+
+    Args:
+        shards: one pattern or a list of them.
+        key: the config key they come from, for error messages.
+        list_remote: the URLs that a glob in a URL matches, see `ShardCache.glob`; None refuses such globs.
+
+    Raises:
+        FileNotFoundError: if a path or a glob names nothing.
+        ValueError: if there is none, one comes twice, or it is nothing that may be opened.
+    """
+    found: list[str] = []
+    for pattern in [shards] if isinstance(shards, str) else shards:
+        if pattern.startswith("pipe:") or (is_url(pattern) and _SCHEME.match(pattern)[1] not in PROTOCOLS):  # type: ignore[index]
+            raise ValueError(
+                f"`{key}` names {shown(pattern)!r}; allowed are files on a mounted disk and "
+                f"{', '.join(PROTOCOLS)} URLs: copy the shards to one of these."
+            )
+        for name in braceexpand(os.path.expanduser(pattern)):
+            found += _remote(name, key, list_remote) if is_url(name) else _local(name, pattern, key)
+    if not found:
+        raise ValueError(f"`{key}` is empty; it must name at least one tar file.")
+    same = (location if is_url(location) else os.path.realpath(location) for location in found)
+    location, count = Counter(same).most_common(1)[0]
+    if count > 1:
+        raise ValueError(
+            f"the shard {shown(location)} is named {count} times; each may take part once: shorten `{key}`."
+        )
+    return tuple(found)
+
+
+def _local(name: str, pattern: str, key: str) -> list[str]:
+    found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
+    strange = [path for path in found if not os.path.isfile(path)]
+    if strange:  # to open a named pipe would wait for ever
+        raise FileNotFoundError(
+            f"{strange[0]} is a folder, a pipe or a broken link. Allowed are tar files; `{key}` is {pattern!r}."
+        )
+    if not found:
+        folder = os.path.dirname(os.path.abspath(name))
+        state = "exists" if os.path.isdir(folder) else "does not exist"
+        raise FileNotFoundError(
+            f"no shard {os.path.basename(name)!r} in {folder} (the folder {state}). Allowed are paths, globs "
+            f"and brace patterns of existing tar files; `{key}` is {pattern!r}."
+        )
+    return found
+
+
+def _remote(name: str, key: str, list_remote: Callable[[str], list[str]] | None) -> list[str]:
+    # A question mark in an http URL begins its query.
+    if not _MAGIC.search(name.partition("?")[0] if name.startswith("http") else name):
+        return [name]
+    if list_remote is None or name.startswith("http"):
+        raise ValueError(
+            f"`{key}` has a glob in {shown(name)!r}; allowed are globs in paths and in URLs of stores that list files "
+            "(s3, gs, hf): use a brace pattern such as {00000..00009}.tar."
+        )
+    found = sorted(list_remote(name))
+    if not found:
+        raise FileNotFoundError(f"no shard matches {name!r}. Allowed are globs that match a tar file: change `{key}`.")
+    return found
