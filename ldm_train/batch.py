@@ -12,7 +12,9 @@ class ImageTextBatch(TypedDict):
     """B captioned images of one epoch.
 
     Attributes:
-        image: (B, 3, H, W) float32 in [-1, 1].
+        image: (B, 3, H, W) float32 in [-1, 1]; there unless the data are cached latents.
+        moments: (B, k C, h, w) the posterior's moments of the images as the encoder gives them, k for each of C latent
+            channels; there if the data are cached latents.
         caption: B strings; an empty string is a valid caption.
         sample_id: (B,) int64, the sample's number in the data set's index, and above its lowest 40 bits the number of
             the visit where a mixture shows a sample more than once in an epoch. Together with the run's seed and the
@@ -31,7 +33,8 @@ class ImageTextBatch(TypedDict):
             one asks for it, in training holes are drawn.
     """
 
-    image: Tensor
+    image: NotRequired[Tensor]
+    moments: NotRequired[Tensor]
     caption: list[str]
     sample_id: Tensor
     position: Tensor
@@ -42,6 +45,24 @@ class ImageTextBatch(TypedDict):
     label: NotRequired[Tensor]
     segmentation: NotRequired[Tensor]
     hole: NotRequired[Tensor]
+
+
+class LatentFacts(NamedTuple):
+    """What a stage has to know of cached latents before it can take them for its autoencoder's.
+
+    Attributes:
+        folder: where they lie, to name them to a person.
+        encoder: sha256 of the encoder that made them.
+        factor: f, by which it makes images smaller.
+        latent_channels: C.
+        moments_per_channel: k.
+    """
+
+    folder: str
+    encoder: str
+    factor: int
+    latent_channels: int
+    moments_per_channel: int
 
 
 class Conditioning(NamedTuple):

@@ -209,6 +209,15 @@ def digest(module: nn.Module, without: tuple[str, ...] = ()) -> str:
     return result.hexdigest()
 
 
+# Of an autoencoder: what its moments do not depend on.
+_NOT_OF_THE_ENCODER = ("decoder.", "from_latents.", "regularizer.", "latent_mean", "latent_std")
+
+
+def encoder_digest(autoencoder: nn.Module) -> str:
+    """The identity of what gives an image's moments: another decoder or calibration does not change it."""
+    return digest(autoencoder, without=_NOT_OF_THE_ENCODER)
+
+
 def check_digest(part: str, own: str, found: str | None, key: str) -> None:
     """Refuse a checkpoint whose frozen part was another one; `key` is the config key that names this run's.
 

@@ -63,6 +63,7 @@ def train(cfg: DictConfig) -> float | None:
     run = build(cfg, callbacks=(RunRecord(config),))
     with _refusals():
         _ = run.data.train_index, run.data.val_index  # type: ignore[attr-defined]  # finds the shards, or does not
+        run.stage.check_data(run.data.latent_facts)  # type: ignore[attr-defined, operator]
     try:
         if cfg.task == "validate" and checkpoint is not None:
             _validate(run, checkpoint)

@@ -50,7 +50,8 @@ class NonFiniteGuard(L.Callback):
         """Keeps the batch's loss and flags; on a logged step all ranks look at what they kept."""
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         if loss is not None:
-            images = batch["image"].isfinite().flatten(1).all(dim=1)
+            pixels = batch["moments"] if "moments" in batch else batch["image"]
+            images = pixels.isfinite().flatten(1).all(dim=1)
             finite = torch.cat([loss.detach().isfinite().view(1), images])
             self._pending.append(_Step(trainer.global_step, batch["key"], loss.detach(), finite))
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]

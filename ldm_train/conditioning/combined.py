@@ -55,6 +55,7 @@ class CombinedConditioner(Conditioner):
         self.frozen_parts = tuple(
             f"parts.{name}.{frozen}" for name, part in parts.items() for frozen in part.frozen_parts
         )
+        self.needs_pixels = any(part.needs_pixels for part in parts.values())
         widths = {name: part.context_dim for name, part in parts.items() if part.context_dim is not None}
         if len(set(widths.values())) > 1:
             raise ValueError(

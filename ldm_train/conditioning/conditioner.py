@@ -26,6 +26,7 @@ class Conditioner(nn.Module, ABC):
         context_dim: width of the context tokens; `None` where it gives none.
         vector_dim: width of the pooled vector; `None` where it gives none.
         concat_channels: channels of the maps that are concatenated to the latents; 0 where it gives none.
+        needs_pixels: whether it looks at the pixels of images, which cached latents do not have.
         frozen_parts: names of the submodules that are loaded and never trained; checkpoints leave them out.
 
     Raises:
@@ -35,6 +36,7 @@ class Conditioner(nn.Module, ABC):
     context_dim: int | None = None
     vector_dim: int | None = None
     concat_channels: int = 0
+    needs_pixels: bool = False
     frozen_parts: tuple[str, ...] = ()
 
     def __init__(self, drop_rate: float) -> None:

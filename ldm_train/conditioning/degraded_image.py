@@ -50,6 +50,8 @@ class DegradedImageConditioner(Conditioner):
         ValueError: if an argument is out of its range, or two contradict each other.
     """
 
+    needs_pixels = True
+
     def __init__(
         self,
         seed: int,

@@ -74,6 +74,8 @@ class MaskConditioner(Conditioner):
         ValueError: if an argument is out of its range.
     """
 
+    needs_pixels = True
+
     def __init__(
         self,
         seed: int,

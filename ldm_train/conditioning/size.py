@@ -15,6 +15,8 @@ Without such facts, when images are generated from prompts, the best is assumed:
 The null condition is zeros. Letters: B batch, D width of the vector.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ class SizeConditioner(Conditioner):
         Raises:
             ValueError: if sizes are missing in training.
         """
-        numbers = self._numbers(batch)  # (B, 6)
+        numbers = self._numbers(batch, _shown(batch, first_stage))  # (B, 6)
         vector = sinusoidal_embedding(numbers.flatten(), self.vector_dim // _NUMBERS).view(len(numbers), -1)  # (B, D)
         if drop is not None:
             vector = vector.masked_fill(drop[:, None], 0.0)
@@ -62,13 +64,12 @@ class SizeConditioner(Conditioner):
         """The sizes, widths first, and where the crop begins."""
         return [
             f"{w0} x {h0} px, cut at left {left} and top {top}, shown at {w} x {h}"
-            for h0, w0, top, left, h, w in self._numbers(batch).tolist()
+            for h0, w0, top, left, h, w in self._numbers(batch, batch["image"].shape[-2:]).tolist()
         ]
 
-    def _numbers(self, batch: ImageTextBatch) -> Tensor:
-        """(B, 6) int64: original height and width, top and left, height and width shown."""
-        image = batch["image"]
-        shown = torch.tensor(image.shape[-2:], device=image.device).expand(len(image), 2)
+    def _numbers(self, batch: ImageTextBatch, size: Sequence[int]) -> Tensor:
+        """(B, 6) int64: original height and width, top and left, height and width shown, which `size` gives."""
+        shown = torch.tensor(size, device=batch["sample_id"].device).expand(len(batch["sample_id"]), 2)
         has_sizes = "original_size" in batch and "crop" in batch
         if self.training and not has_sizes:
             raise ValueError(
@@ -78,3 +79,10 @@ class SizeConditioner(Conditioner):
         original = batch.get("original_size", shown)
         crop = batch.get("crop", torch.zeros_like(shown))
         return torch.cat((original, crop, shown), dim=1)
+
+
+def _shown(batch: ImageTextBatch, first_stage: FirstStage) -> Sequence[int]:
+    """Height and width in pixels of what a batch shows, be it images or cached latents."""
+    if "image" in batch:
+        return batch["image"].shape[-2:]
+    return [side * first_stage.downsampling_factor for side in batch["moments"].shape[-2:]]

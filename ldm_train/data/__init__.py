@@ -27,6 +27,7 @@ from ldm_train.data.filters import (
 )
 from ldm_train.data.index import Damage, ShardIndex, build_index
 from ldm_train.data.labels import FieldLabel, Label
+from ldm_train.data.latents import LatentCache, LatentTextDataset
 from ldm_train.data.locations import expand_shards
 from ldm_train.data.mixed_order import MixedOrder
 from ldm_train.data.order import Order, ShuffledOrder
@@ -59,6 +60,8 @@ __all__ = [
     "ImageTextDataModule",
     "ImageTextDataset",
     "Label",
+    "LatentCache",
+    "LatentTextDataset",
     "LocalFiles",
     "Maximum",
     "Minimum",

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm_train import distributed
-from ldm_train.batch import ImageTextBatch
+from ldm_train.batch import ImageTextBatch, LatentFacts
 from ldm_train.data.buckets import AspectBuckets, ShapeOfRow
 from ldm_train.data.captions import CaptionSource, TextCaption
 from ldm_train.data.corpus import Corpus, CorpusOptions, Shards, check
@@ -31,6 +31,7 @@ from ldm_train.data.dataset import INTERPOLATIONS, ImageOptions, ImageTextDatase
 from ldm_train.data.filters import Filter
 from ldm_train.data.index import IMAGE, METADATA, ShardIndex
 from ldm_train.data.labels import Label
+from ldm_train.data.latents import LatentCache, LatentTextDataset
 from ldm_train.data.locations import is_url
 from ldm_train.data.quarantine import Quarantine, running_totals
 from ldm_train.data.remote import RemoteFiles
@@ -91,6 +92,7 @@ class ImageTextDataModule(L.LightningDataModule):
         cache_dir: node-local directory for copies of remote shards, see `ShardCache`; None: under `TMPDIR`.
         cache_bytes: its size at most.
         storage_options: what reaches the stores of each protocol, see `RemoteFiles`.
+        latents: the shards are cached latents, see `ldm_train.data.latents`; None: they are images.
     """
 
     _restored: dict[str, Any] | None = None
@@ -132,11 +134,13 @@ class ImageTextDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
         cache_bytes: int = 100 << 30,
         storage_options: Mapping[str, Mapping[str, Any]] | None = None,
+        latents: LatentCache | None = None,
     ) -> None:
         super().__init__()
         self.batch_size, self.val_batch_size = batch_size, batch_size if val_batch_size is None else val_batch_size
         self.seed, self.cache_decoded, self.max_bad_fraction = seed, cache_decoded, max_bad_fraction
-        self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
+        self.num_workers, self.prefetch_factor, self.latents = num_workers, prefetch_factor, latents
+        check(buckets is None or latents is None, "buckets", "set", "null: cached latents are of squares")
         self.quarantine_dir = None if quarantine_dir is None else Path(quarantine_dir)
         caption, crop = caption or TextCaption(), crop_of(crop)
         self.options = ImageOptions(image_size, crop, flip, interpolation, max_pixels, caption, label, segmentation)
@@ -173,6 +177,17 @@ class ImageTextDataModule(L.LightningDataModule):
         """The kinds of members without which a sample is incomplete."""
         of_label = set() if self.options.label is None else {METADATA}
         return tuple(sorted({IMAGE, *self.options.caption.kinds, *of_label}))
+
+    @cached_property
+    def latent_facts(self) -> LatentFacts | None:
+        """What is known of the cached latents that batches hold; None where they hold images.
+
+        Raises:
+            ValueError: if the cache does not fit the run.
+        """
+        if self.latents is None:
+            return None
+        return self.latents.facts(list(dict.fromkeys(self.train_index.paths + self.val_index.paths)), self.options)
 
     @property
     def train_index(self) -> ShardIndex:
@@ -268,7 +283,11 @@ class ImageTextDataModule(L.LightningDataModule):
 
     @cached_property
     def _references(self) -> ImageTextDataset:
-        return self._dataset(self.train_index, self.options.plain(), _TRAINING, num_workers=0)
+        if self.latents is None:
+            return self._dataset(self.train_index, self.options.plain(), _TRAINING, num_workers=0)
+        images = self.latents.images_of(self.train_index, self._required)
+        quarantine = Quarantine(None, self.max_bad_fraction, num_workers=0)
+        return ImageTextDataset(images, self.options.plain(), self.seed, quarantine)
 
     def _dataset(
         self,
@@ -283,7 +302,8 @@ class ImageTextDataModule(L.LightningDataModule):
         quarantine = Quarantine(path, self.max_bad_fraction, workers)
         self._quarantines.append(quarantine)
         cache = self._caches[split] if self.cache_decoded else None
-        return ImageTextDataset(index, options, self.seed, quarantine, cache, shape_of)
+        kind = ImageTextDataset if self.latent_facts is None else LatentTextDataset
+        return kind(index, options, self.seed, quarantine, cache, shape_of)
 
     def _loader(
         self, dataset: ImageTextDataset, sampler: TrainingSampler | ValidationSampler

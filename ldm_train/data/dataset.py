@@ -129,13 +129,11 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
 
     def _batch(self, epoch: int, wanted: np.ndarray, positions: np.ndarray, visits: np.ndarray | int) -> ImageTextBatch:
         shape, visit = self._shape(wanted), np.broadcast_to(visits, len(wanted)).copy()
-        images = torch.empty(len(wanted), 3, *shape, dtype=torch.uint8)
         maps = torch.empty(len(wanted), *shape, dtype=torch.int64)
-        rows, samples, captions, corners = [], [], [], []
+        rows, samples, captions, corners, mirrorings = [], [], [], [], []
         for place, draws in enumerate(self._draws(epoch, wanted, visit)):
             asked = int(wanted[place]), visit[place : place + 1]
             row, sample, caption, mirrored = self._sample_or_substitute(epoch, *asked, draws, shape)
-            images[place] = sample.image.flip(-1) if mirrored else sample.image
             if sample.segmentation is not None:
                 maps[place] = sample.segmentation.flip(-1) if mirrored else sample.segmentation
             top, left, right = sample.margins
@@ -143,8 +141,8 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
             rows.append(row)
             samples.append(sample)
             captions.append(caption)
+            mirrorings.append(mirrored)
         batch = ImageTextBatch(
-            image=self.finish(images),
             caption=captions,
             sample_id=self._visit_id(rows, visit),
             position=torch.from_numpy(positions),
@@ -153,11 +151,17 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
             original_size=torch.tensor([sample.original_size for sample in samples]),
             crop=torch.tensor(corners),
         )
+        self._put(batch, samples, mirrorings)
         if self.options.label is not None:
             batch["label"] = torch.tensor([sample.label for sample in samples])
         if self.options.segmentation is not None:
             batch["segmentation"] = maps
         return batch
+
+    def _put(self, batch: ImageTextBatch, samples: Sequence[Sample], mirrorings: Sequence[bool]) -> None:
+        """Put the images of samples into a batch, mirrored or not."""
+        pairs = zip(samples, mirrorings, strict=True)
+        batch["image"] = self.finish(torch.stack([s.image.flip(-1) if mirrored else s.image for s, mirrored in pairs]))
 
     def _shape(self, rows: np.ndarray) -> Shape:
         if self.shape_of is None:
@@ -215,15 +219,18 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         name = int(self.index.sample_id[row]), shape
         if self.cache is not None and name in self.cache:
             return self.cache[name]
+        sample = self._make(row, draws, shape)
+        if self.cache is not None:
+            self.cache[name] = sample
+        return sample
+
+    def _make(self, row: int, draws: Draws, shape: Shape) -> Sample:
         whole = decode_rgb(self.index.read(self.reader, row, IMAGE), self.options.max_pixels)
         size = Shape(*whole.shape[-2:])
         box = self.crop(size, shape, draws.augmentation)
         image = resize(cut(whole, box), shape, self.options.interpolation)
         texts, label = self._texts(row)
-        sample = Sample(image, texts, label, self._map(row, size, box, image), size, margins(size, box, shape))
-        if self.cache is not None:
-            self.cache[name] = sample
-        return sample
+        return Sample(image, texts, label, self._map(row, size, box, image), size, margins(size, box, shape))
 
     def _texts(self, row: int) -> tuple[Texts, int | None]:
         """What captions are made of, and the label: both may need the metadata, which are read once."""

@@ -26,7 +26,8 @@ from ldm_train.data.storage import ShardReadError, Storage
 IMAGE, CAPTION, METADATA, SEGMENTATION = 0, 1, 2, 3
 KINDS = ("image", "caption (.txt)", "metadata (.json)", "segmentation map")
 UNKNOWN = -1
-_KIND_OF_EXTENSION = {"jpg": IMAGE, "jpeg": IMAGE, "png": IMAGE, "webp": IMAGE, "txt": CAPTION, "json": METADATA}
+_IMAGES = ("jpg", "jpeg", "png", "webp", "latent")  # the last: an image encoded, see `ldm_train.data.latents`
+_KIND_OF_EXTENSION = dict.fromkeys(_IMAGES, IMAGE) | {"txt": CAPTION, "json": METADATA}
 _ABSENT = (0, -1)
 _LARGEST = {IMAGE: 1 << 30, CAPTION: 1 << 20, METADATA: 1 << 24, SEGMENTATION: 1 << 30}  # bytes that a worker will read
 _FORMATS = ("JPEG", "PNG", "WEBP")

@@ -3,12 +3,13 @@
 from ldm_train.stages.autoencoder import AutoencoderStage
 from ldm_train.stages.latent_diffusion import LatentDiffusion, Original
 from ldm_train.stages.lora import LoRAFineTuning
-from ldm_train.stages.moments import EncodedMoments, RememberedMoments
+from ldm_train.stages.moments import CachedMoments, EncodedMoments, RememberedMoments
 from ldm_train.stages.optimization import warmup_constant, warmup_cosine
 from ldm_train.stages.text_encoder import load_text_encoder
 
 __all__ = [
     "AutoencoderStage",
+    "CachedMoments",
     "EncodedMoments",
     "LatentDiffusion",
     "LoRAFineTuning",

@@ -20,12 +20,13 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from ldm_train.batch import ImageTextBatch
+from ldm_train.batch import ImageTextBatch, LatentFacts
 from ldm_train.checkpoint import check_digest, digest, drop_prefixes, strict_load
 from ldm_train.distributed import world_size
 from ldm_train.metrics import CodebookUsage, LatentStatistics
 from ldm_train.nn import Autoencoder, AutoencoderLoss, Clock, PatchDiscriminator
 from ldm_train.randomness import Stream, normal
+from ldm_train.stages.moments import refuse_cached
 from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory, clip_groups, optimizers, trainable
 
 _RANGE = (-1.0, 1.0)
@@ -117,6 +118,10 @@ class AutoencoderStage(L.LightningModule):
         if self.codebook is not None:
             self.codebook.update(regularized.indices)
         return reconstruction
+
+    def check_data(self, facts: LatentFacts | None) -> None:
+        """Refuse, with ValueError, cached latents; `facts` are theirs, `None` where the data are images."""
+        refuse_cached(facts, "train stage 2 on it: `stage=latent_diffusion`")
 
     def on_validation_epoch_end(self) -> None:
         """Log what is known about the latents: mean, standard deviation and divergence of each channel."""

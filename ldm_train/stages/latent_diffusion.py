@@ -6,7 +6,7 @@ The stage conducts: latents, condition, objective. What the network predicts is 
 made the sampler's and the guidance's; averaging, pictures and FID belong to callbacks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from ldm_train.batch import Conditioning, ImageTextBatch
+from ldm_train.batch import Conditioning, ImageTextBatch, LatentFacts
 from ldm_train.checkpoint import check_digest, digest, drop_prefixes, strict_load
 from ldm_train.conditioning import Conditioner
 from ldm_train.diffusion import (
@@ -136,8 +136,22 @@ class LatentDiffusion(L.LightningModule):
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> dict[str, Tensor]:
         """The loss on images never trained on, with noise and times that never change."""
         loss = self._loss(batch, None)
-        self.log("val/loss", loss["loss"], batch_size=len(batch["image"]), sync_dist=True)
+        self.log("val/loss", loss["loss"], batch_size=len(batch["sample_id"]), sync_dist=True)
         return loss
+
+    def check_data(self, facts: LatentFacts | None) -> None:
+        """Refuse, with ValueError, data that do not fit: cached latents of another encoder, or none where some must be.
+
+        Args:
+            facts: of the cached latents; `None`: the data are images.
+        """
+        self.moments.check(self.autoencoder, facts)
+        if facts is not None and self.conditioner.needs_pixels:
+            raise ValueError(
+                f"{type(self.conditioner).__name__} looks at the pixels of images, and {facts.folder} holds latents "
+                "alone; allowed are conditioners of captions and labels; change `conditioner`, or take images: "
+                "`data=webdataset` and `stage.moments._target_=ldm_train.stages.EncodedMoments`"
+            )
 
     def condition(self, batch: ImageTextBatch, drop: Tensor | None = None) -> Conditioning:
         """What the network is conditioned on, for the B examples of a batch; `drop` (B,) marks null conditions."""
@@ -158,7 +172,7 @@ class LatentDiffusion(L.LightningModule):
         moments, regularizer = self.moments(self.autoencoder, batch), self.autoencoder.regularizer
         if self.posterior == "mode":
             return self.autoencoder.normalise(regularizer.mode(moments)).float()
-        noise = self._keyed_normal(batch, batch["epoch"], batch["sample_id"], Stream.POSTERIOR)
+        noise = self._keyed_normal(moments.shape[-2:], batch["epoch"], batch["sample_id"], Stream.POSTERIOR)
         return self.autoencoder.normalise(regularizer.draw(moments, noise)).float()
 
     @torch.no_grad()
@@ -191,7 +205,9 @@ class LatentDiffusion(L.LightningModule):
             batch, negative = original.put_into(batch), negative and original.put_into(negative)
         away = self.conditioner.null(batch, self.autoencoder) if negative is None else self.condition(negative)
         denoiser, start = self.guidance(self.denoiser, away), 0
-        x = self._keyed_normal(batch, 0, seeds, Stream.SAMPLING)
+        factor = self.autoencoder.downsampling_factor
+        size = [pixels // factor for pixels in batch["image"].shape[-2:]]
+        x = self._keyed_normal(size, 0, seeds, Stream.SAMPLING)
         if original is not None:
             x_0 = self.autoencoder.encode(original.image).float()
             start = self.sampler.start_of(original.strength)
@@ -254,11 +270,8 @@ class LatentDiffusion(L.LightningModule):
         low, high = random_words(self.seed, epoch, step, Stream.DROPOUT, 2)[0].tolist()
         torch.manual_seed(low | high << 32)
 
-    def _keyed_normal(self, batch: ImageTextBatch, epoch: int, ids: Tensor, stream: Stream) -> Tensor:
-        height, width = batch["image"].shape[-2:]
-        factor = self.autoencoder.downsampling_factor
-        shape = (self.autoencoder.latent_channels, height // factor, width // factor)
-        return normal(self.seed, epoch, ids, stream, shape)
+    def _keyed_normal(self, size: Sequence[int], epoch: int, ids: Tensor, stream: Stream) -> Tensor:
+        return normal(self.seed, epoch, ids, stream, (self.autoencoder.latent_channels, *size))
 
 
 def _wholly_known(known: Tensor, x_0: Tensor) -> Tensor:
