@@ -82,6 +82,7 @@ def test_every_kind_of_command_is_found():
     assert ["test"] in starting_with("make")
     assert {Path(tool).name for tool, *_ in starting_with("python") if tool != "-m"} == {
         "benchmark.py",
+        "cache_latents.py",
         "calibrate_latents.py",
         "convert.py",
         "convert_model.py",
