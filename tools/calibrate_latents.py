@@ -59,10 +59,7 @@ def calibrate(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.output.suffix not in SUFFIXES[OURS]:
         raise ValueError(f"{arguments.output} is no name of a checkpoint; allowed are names in .ckpt; change --output")
     check_target(arguments.output, "--output")
-    if folders := [path for path in expand_shards(arguments.data, "--data") if Path(path).is_dir()]:
-        raise ValueError(
-            f"{folders[0]} is a folder; allowed are shards, such as '{Path(folders[0]) / '*.tar'}'; change --data"
-        )
+    expand_shards(arguments.data, "--data")
     autoencoder, node, _ = read(source_of(arguments, arguments.checkpoint))
     if arguments.image_size % (factor := autoencoder.downsampling_factor):
         raise ValueError(

@@ -84,9 +84,11 @@ def _local(name: str, pattern: str, key: str) -> list[str]:
     found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
     strange = [path for path in found if not os.path.isfile(path)]
     if strange:  # to open a named pipe would wait for ever
-        raise FileNotFoundError(
-            f"{strange[0]} is a folder, a pipe or a broken link. Allowed are tar files; `{key}` is {pattern!r}."
-        )
+        if os.path.isdir(strange[0]):
+            found_allowed = f"a folder; allowed are shards, such as '{os.path.join(strange[0], '*.tar')}'"
+        else:
+            found_allowed = "a pipe or a broken link; allowed are tar files"
+        raise FileNotFoundError(f"{strange[0]} is {found_allowed}; `{key}` is {pattern!r}.")
     if not found:
         folder = os.path.dirname(os.path.abspath(name))
         state = "exists" if os.path.isdir(folder) else "does not exist"

@@ -76,7 +76,7 @@ def test_steps_since_the_last_checkpoint_are_repeated_alike_twice_in_a_row(make,
 @pytest.mark.parametrize("options", [{}, {"limit_train_batches": 3}, {"val_check_interval": 2, "limit_val_batches": 1}])
 def test_gradients_in_the_midst_of_accumulation_shift_no_batch(make, tmp_path, options):
     options = {"accumulate_grad_batches": 2, "num_sanity_val_steps": 0, **options}
-    make_it = lambda: make(val_shards=make().shards)  # noqa: E731
+    make_it = lambda: make(val_shards=make().corpus.options.shards)  # noqa: E731
     straight = fit(make_it(), 7, callbacks=[Saver(tmp_path)], **options)
     assert len(straight) > 10
     for behind in range(1, len(straight)):
