@@ -111,7 +111,5 @@ def test_what_is_no_file_is_no_shard(tmp_path):
     (tmp_path / "folder.tar").mkdir()
     os.symlink(tmp_path / "nothing", tmp_path / "link.tar")
     for name in ("pipe.tar", "folder.tar", "link.tar", "*.tar"):
-        with pytest.raises(
-            FileNotFoundError, match=r"is a (folder|pipe or .*); allowed are .*`data.shards`"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"is a (folder|pipe or .*); allowed are .*`data.shards`"):
             expand_shards(str(tmp_path / name))
