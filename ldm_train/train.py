@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train.callbacks import RunRecord, finish_wandb
 from ldm_train.checkpoint import UNTRAINED, load_weights, read_checkpoint
 from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain
+from ldm_train.data import ShardReadError
 
 _log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def _refusals() -> Iterator[None]:
     """What our own code refuses before the first step is the config's fault, and no failure to trace."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ShardReadError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
 
 
