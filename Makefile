@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that test; each takes about 2 GB of memory.
+WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
 .PHONY: demo test check check-static clean-demo
@@ -13,7 +15,7 @@ demo: $(VENV)/installed
 	@echo "Done. Pictures are in runs/*/default; charts: $(BIN)/wandb leet runs/demo/default/wandb"
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term $(ARGS)
 
 check: check-static
 	$(BIN)/python -m pytest -q -m "not slow and not distributed" -x
