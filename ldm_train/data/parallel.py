@@ -1,5 +1,8 @@
 """Work on many shards at once: results in order, few in memory, and a bar that says how far it is."""
 
+import ctypes
+import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_PR_SET_PDEATHSIG = 1
 _AHEAD = 4  # items per worker that are under way: enough that none waits, few enough to fit in memory
 
 
@@ -19,8 +23,17 @@ _AHEAD = 4  # items per worker that are under way: enough that none waits, few e
 _kept: list[Callable[[Any], Any]] = []
 
 
-def _keep(function: Callable[[Any], Any]) -> None:
+def _keep(function: Callable[[Any], Any], parent: int) -> None:
+    _die_with(parent)
     _kept[:] = [function]
+
+
+def _die_with(parent: int) -> None:
+    """End this process with the one that forked it: an orphan would hold the locks that it inherited for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before it could be asked for
+        os._exit(1)
 
 
 def _apply(item: object) -> Any:  # noqa: ANN401 (any function's result)
@@ -39,7 +52,7 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], work
         yield from map(function, items)
         return
     pending: deque[Future[Result]] = deque()
-    with ProcessPoolExecutor(workers, initializer=_keep, initargs=(function,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=_keep, initargs=(function, os.getpid())) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(_apply, item))
