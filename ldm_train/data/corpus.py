@@ -185,6 +185,9 @@ class Corpus:
         if isinstance(order, BucketedOrder) and self.shapes is not None:
             facts["shapes"] = ", ".join(f"{shape.width}x{shape.height}" for shape in self.shapes)
             facts["images waiting per epoch"] = order.waiting
+            if order.starved:
+                few = ", ".join(f"{self.shapes[k].width}x{self.shapes[k].height}" for k in order.starved)
+                facts["shapes never trained"] = f"{few}: fewer images than data.bucket_unit"
         return facts | {"fingerprint": index.fingerprint[:12], "index opened in": f"{sum(self.seconds):.1f} s"}
 
     def _order(self, first: int, end: int) -> Order:
