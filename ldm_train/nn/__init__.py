@@ -16,6 +16,7 @@ from ldm_train.nn.lora import (
     lora_state_dict,
     merge_lora,
 )
+from ldm_train.nn.low_rank import LowRank
 from ldm_train.nn.perceptual import LPIPS
 from ldm_train.nn.regularizer import KLRegularizer, Regularized
 from ldm_train.nn.unet import UNet
@@ -37,6 +38,7 @@ __all__ = [
     "GlobalBatchNorm2d",
     "KLRegularizer",
     "LoRALinear",
+    "LowRank",
     "PatchDiscriminator",
     "Pixels",
     "Regularized",
