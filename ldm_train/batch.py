@@ -12,7 +12,8 @@ class ImageTextBatch(TypedDict):
     """B captioned images of one epoch.
 
     Attributes:
-        image: (B, 3, H, W) float32 in [-1, 1]; there unless the data are cached latents.
+        image: (B, 3, H, W), there unless the data are cached latents: uint8 as workers send it, a quarter of the
+            bytes, and float32 in [-1, 1] once it is on the device.
         moments: (B, k C, h, w) the posterior's moments of the images as the encoder gives them, k for each of C latent
             channels; there if the data are cached latents.
         caption: B strings; an empty string is a valid caption.

@@ -1,8 +1,9 @@
 """What `tools/benchmark.py data` measures: images a second that one core loads from shards.
 
-A *contender* makes batches (B, 3, H, H) float32 in [-1, 1] of all images of some shards, in a shuffled order. Those of
-the same shards take turns batch by batch, so that whatever slows the machine down slows all; the clock is the
-processor's own. A round is one epoch of each, hence of the same images; figures are medians over rounds, as are ratios.
+A *contender* makes batches of all images of some shards, in a shuffled order: (B, 3, H, H), float32 in [-1, 1] or the
+bytes that become these on the device, or the moments of cached latents (B, 8, H / 8, H / 8) float16. Those of the same
+shards take turns batch by batch, so that whatever slows the machine down slows all; the clock is the processor's own. A
+round is one epoch of each, hence of the same images; figures are medians over rounds, as are ratios.
 """
 
 import argparse
@@ -12,11 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import cache_latents
 import make_shards
 import numpy as np
 import torch
 import webdataset
+from hydra.utils import instantiate
 from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.progress import Progress, track
@@ -26,16 +31,31 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from ldm_train.batch import ImageTextBatch
-from ldm_train.data import ImageTextDataModule, ShardReader, build_index, expand_shards
+from ldm_train.data import ImageTextDataModule, LatentCache, ShardReader, build_index, expand_shards
 from ldm_train.data.index import IMAGE
-from ldm_train.data.transforms import center_square, decode_rgb
+from ldm_train.data.latents import unpack
+from ldm_train.data.transforms import center_square, decode_rgb, to_signed_unit
 from ldm_train.data.writing import ShardSample, ShardWriter
+from ldm_train.nn import Autoencoder
 
 EMOJI = Path(__file__).parents[1] / "ldm_train" / "assets" / "noto_emoji"
 SHORT_SIDES, ASPECTS, QUALITY = (300, 900), (2 / 3, 3 / 2), 90
 PER_SHARD = 64
-ORIGINAL, RESIZED = "original", "resized"
-PLAIN, OURS, LIMIT = "webdataset + PIL", "ldm_train", "the limit"
+ORIGINAL, RESIZED, LATENTS = "original", "resized", "latents"
+PLAIN, PLAIN_ORIGINAL, LIMIT = "webdataset + PIL", "webdataset + PIL, from the originals", "the limit"
+OURS, OURS_REDUCED, OURS_CONVERTED = "ldm_train", "ldm_train, data.reducing_gap=1", "ldm_train, converted as well"
+# As many moments an image as Stable Diffusion's; what the encoder makes of it does not matter here.
+AUTOENCODER = {
+    "_target_": "ldm_train.nn.Autoencoder",
+    "regularizer": {"_target_": "ldm_train.nn.KLRegularizer", "weight": 1e-6},
+    "latent_channels": 4,
+    "channels": 8,
+    "channel_multipliers": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "attention_factors": [],
+    "middle_attention": False,
+    "norm_groups": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +66,8 @@ class DataRow:
     name: str
     images_per_second: float
     milliseconds_per_image: float
-    of_plain: float
+    of_plain: float | None
+    of_plain_from_originals: float
     of_limit: float
 
 
@@ -94,16 +115,38 @@ def prepare(folder: Path, count: int, image_size: int, console: Console) -> dict
     Raises:
         ValueError: if the folder holds other shards.
     """
-    original, resized = folder / f"{ORIGINAL}_{count}", folder / f"{RESIZED}_{count}_{image_size}"
+    original = folder / f"{ORIGINAL}_{count}"
+    resized, latents = (folder / f"{name}_{count}_{image_size}" for name in (RESIZED, LATENTS))
     if not original.exists():
         partial = original.with_name(f".{original.name}.partial")
         write_pictures(partial, count, console)
         partial.rename(original)
-    if not resized.exists() and make_shards.main(
-        [str(original), "--output", str(resized), "--resize", str(image_size)]
-    ):
+    size = str(image_size)
+    if not resized.exists() and make_shards.main([str(original), "--output", str(resized), "--resize", size]):
         raise ValueError(f"{original} cannot be resized; allowed are whole shards; delete it, or change --shards")
-    return {ORIGINAL: f"{original}/*.tar", RESIZED: f"{resized}/*.tar"}
+    if not latents.exists():
+        write_latents(f"{original}/*.tar", latents, size)
+    return {ORIGINAL: f"{original}/*.tar", RESIZED: f"{resized}/*.tar", LATENTS: f"{latents}/*.tar"}
+
+
+def write_latents(pattern: str, folder: Path, image_size: str) -> None:
+    """Cached latents of the images of some shards, by an encoder of random weights.
+
+    Raises:
+        ValueError: if the tool refuses them.
+    """
+    model: Autoencoder = instantiate(AUTOENCODER)
+    model.calibrate(torch.zeros(model.latent_channels), torch.ones(model.latent_channels))
+    state = {f"autoencoder.{name}": value for name, value in model.state_dict().items()}
+    with TemporaryDirectory() as place:
+        checkpoint = Path(place) / "autoencoder.ckpt"
+        torch.save({"state_dict": state, "config": {"autoencoder": AUTOENCODER}}, checkpoint)
+        options = ["--checkpoint", str(checkpoint), "--image-size", image_size, "--workers", "0", "--device", "cpu"]
+        if cache_latents.main(["--data", pattern, "--output", str(folder), *options]):
+            raise ValueError(
+                f"no latents can be cached of images of {image_size} pixels; allowed are multiples of 8; change "
+                "--image-size"
+            )
 
 
 def plain(pattern: str, image_size: int, batch: int) -> Iterator[Tensor]:
@@ -125,37 +168,60 @@ def plain(pattern: str, image_size: int, batch: int) -> Iterator[Tensor]:
 def ours(loader: DataLoader[ImageTextBatch]) -> Iterator[Tensor]:
     """The loader of the trainings, in this process."""
     for loaded in loader:
-        yield loaded["image"]
+        yield loaded["moments"] if "moments" in loaded else loaded["image"]
 
 
-def limit(files: list[Tensor], image_size: int, batch: int) -> Iterator[Tensor]:
-    """The same libraries' decoding, resizing and conversion of files that lie in memory, and nothing else."""
+def image_limit(files: list[Tensor], image_size: int, batch: int) -> Iterator[Tensor]:
+    """Files that lie in memory decoded by torchvision, resized by torch, and nothing else."""
     for begin in range(0, len(files), batch):
         images = [
             center_square(decode_image(file, ImageReadMode.RGB), image_size) for file in files[begin : begin + batch]
         ]
-        yield torch.stack(images).float().div_(127.5).sub_(1.0)
+        yield torch.stack(images)
 
 
-def contenders(pattern: str, image_size: int, batch: int) -> dict[str, Callable[[], Iterator[Tensor]]]:
-    """What takes turns on some shards: name -> what starts an epoch."""
-    files = files_of(pattern)
-    loader = ImageTextDataModule(pattern, image_size, batch, seed=0).train_dataloader()
-    return {
-        PLAIN: lambda: plain(pattern, image_size, batch),
-        OURS: lambda: ours(loader),
-        LIMIT: lambda: limit(files, image_size, batch),
+def latent_limit(files: list[bytes], batch: int) -> Iterator[Tensor]:
+    """Cached latents that lie in memory, taken apart and put together, and nothing else."""
+    for begin in range(0, len(files), batch):
+        yield torch.stack([unpack(file).moments[0] for file in files[begin : begin + batch]])
+
+
+def contenders(
+    patterns: dict[str, str], shards: str, image_size: int, batch: int
+) -> dict[str, Callable[[], Iterator[Tensor]]]:
+    """What takes turns on the shards of a name: name -> what starts an epoch."""
+    pattern, files = patterns[shards], files_of(patterns[shards])
+
+    def loader(**options: Any) -> Callable[[], Iterator[Tensor]]:  # noqa: ANN401 (of the constructor)
+        loads = ImageTextDataModule(pattern, image_size, batch, seed=0, **options).train_dataloader()
+        return lambda: ours(loads)
+
+    def from_originals() -> Iterator[Tensor]:
+        return plain(patterns[ORIGINAL], image_size, batch)
+
+    if shards == LATENTS:
+        limit = {OURS: loader(latents=LatentCache()), LIMIT: lambda: latent_limit(files, batch)}
+        return {PLAIN_ORIGINAL: from_originals, **limit}
+    tensors = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
+    as_bytes = loader()
+    both = {
+        OURS: as_bytes,
+        OURS_CONVERTED: lambda: map(to_signed_unit, as_bytes()),
+        LIMIT: lambda: image_limit(tensors, image_size, batch),
     }
+    if shards == ORIGINAL:
+        return {PLAIN_ORIGINAL: from_originals, OURS_REDUCED: loader(reducing_gap=1.0), **both}
+    return {PLAIN_ORIGINAL: from_originals, PLAIN: lambda: plain(pattern, image_size, batch), **both}
 
 
-def files_of(pattern: str) -> list[Tensor]:
+def files_of(pattern: str) -> list[bytes]:
     """The image files of the shards, mixed; they and all other bytes beside them are in the page cache then."""
     index = build_index(expand_shards(pattern))
     reader = ShardReader(index.paths)
     for path in index.paths:
         Path(path).read_bytes()
     rows = np.random.default_rng(0).permutation(len(index)).tolist()
-    return [torch.frombuffer(bytearray(index.read(reader, row, IMAGE)), dtype=torch.uint8) for row in rows]
+    return [index.read(reader, row, IMAGE) for row in rows]
 
 
 def timed_epochs(starts: dict[str, Callable[[], Iterator[Tensor]]], images: int) -> dict[str, float]:
@@ -189,7 +255,9 @@ def rows_of(shards: str, rounds: list[dict[str, float]], images: int) -> list[Da
     rows = []
     for name in rounds[0]:
         each = statistics.median(seconds[name] for seconds in rounds) / images
-        rows.append(DataRow(shards, name, 1 / each, 1e3 * each, ratio(PLAIN, name), ratio(LIMIT, name)))
+        of_plain = ratio(PLAIN, name) if PLAIN in rounds[0] else None
+        ratios = of_plain, ratio(PLAIN_ORIGINAL, name), ratio(LIMIT, name)
+        rows.append(DataRow(shards, name, 1 / each, 1e3 * each, *ratios))
     return rows
 
 
@@ -214,7 +282,7 @@ def benchmark_data(arguments: argparse.Namespace, console: Console) -> tuple[lis
     with Progress(console=console) as progress:
         bar = progress.add_task("rounds", total=len(patterns) * (1 + arguments.rounds))
         for shards, pattern in patterns.items():
-            starts = contenders(pattern, arguments.image_size, arguments.batch)
+            starts = contenders(patterns, shards, arguments.image_size, arguments.batch)
             rounds = []
             for _ in range(1 + arguments.rounds):
                 rounds.append(timed_epochs(starts, arguments.images))

@@ -12,6 +12,11 @@ The numbers that place a box are functions of (seed, epoch, sample id) and are g
 the first for the place along the longer side, the second for the mirroring, which is not a crop's affair, more only
 where a crop asks for them. A box is cut out before it is resized, so that no pixel outside of it is resized.
 
+A JPEG can be decoded at 1/r of its size, r = 1, 2, 4 or 8, from the lowest frequencies of its blocks of 8 x 8. With a
+reducing gap g it is, as far as the box keeps g times the pixels of the shape along both sides:
+
+    r = max { r : b_h >= r g h  and  b_w >= r g w }
+
 Letters: H and W height and width of the image, h and w those of the wanted shape, b_h and b_w those of the box.
 """
 
@@ -19,6 +24,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+REDUCTIONS = (8, 4, 2)
 PLACE, FLIP = 0, 1  # what the first two numbers of a sample are for
 
 
@@ -149,6 +155,35 @@ def covering_box(image: Shape, shape: Shape, place: float = 0.5) -> Box:
         return Box(0, _slide(place, image.width - width), image.height, width)
     height = _side(image.width * shape.height / shape.width, image.height)
     return Box(_slide(place, image.height - height), 0, height, image.width)
+
+
+def reduction(box: Box, shape: Shape, gap: float | None) -> int:
+    """By how much an image may be decoded smaller: r of the module's equation, 1 without a gap.
+
+    Args:
+        box: what is shown of it, in its own pixels.
+        shape: at which size.
+        gap: g.
+    """
+    if gap is None:
+        return 1
+    fits = (r for r in REDUCTIONS if box.height >= r * gap * shape.height and box.width >= r * gap * shape.width)
+    return next(fits, 1)
+
+
+def reduced(box: Box, by: int, image: Shape) -> Box:
+    """A box in the pixels of an image that was decoded `by` times as small, to the nearest of them.
+
+    Args:
+        box: in pixels of the whole image.
+        by: r.
+        image: the size of the smaller one, whose sides are rounded up.
+    """
+    if by == 1:
+        return box
+    top, left = (min(round(begin / by), side - 1) for begin, side in zip(box[:2], image, strict=True))
+    bottom, right = round((box.top + box.height) / by), round((box.left + box.width) / by)
+    return Box(top, left, max(min(bottom, image.height) - top, 1), max(min(right, image.width) - left, 1))
 
 
 def margins(image: Shape, box: Box, shape: Shape) -> Margins:

@@ -38,6 +38,7 @@ from ldm_train.data.remote import RemoteFiles
 from ldm_train.data.sampler import BatchRequest, Position, TrainingSampler, ValidationSampler
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 from ldm_train.data.shard_cache import ShardCache
+from ldm_train.data.transforms import to_signed_unit
 
 _STATE_VERSION = 1
 _PLACE = ("epoch", "samples", "global_batch_size")  # of a state: where training stands, no identity
@@ -49,6 +50,11 @@ def _start_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+def with_signed_image(batch: ImageTextBatch) -> ImageTextBatch:
+    """A batch as a loader gives it, its image as float32 in [-1, 1]."""
+    return batch | {"image": to_signed_unit(batch["image"])} if "image" in batch else batch
 
 
 def _as_is(batch: object) -> object:
@@ -80,6 +86,8 @@ class ImageTextDataModule(L.LightningDataModule):
         quarantine_dir: folder for the lists of damaged shards and undecodable images; None writes none.
         max_bad_fraction: share of undecodable images at which the run stops.
         max_pixels: width x height above which an image is refused as undecodable.
+        reducing_gap: decode JPEG files at 1/2, 1/4 or 1/8 of their size as far as what is shown keeps this many times
+            the pixels that are needed along each side; 1 is the fastest. None decodes all pixels.
         shuffle_groups: places of the data set that a batch mixes, see `ShuffledOrder`.
         shuffle_window: samples that are permuted together, see `ShuffledOrder`.
         prefetch_factor: batches that each worker prepares ahead.
@@ -122,6 +130,7 @@ class ImageTextDataModule(L.LightningDataModule):
         quarantine_dir: str | None = None,
         max_bad_fraction: float = 0.01,
         max_pixels: int = 1 << 26,
+        reducing_gap: float | None = None,
         shuffle_groups: int = 64,
         shuffle_window: int = 8192,
         prefetch_factor: int = 2,
@@ -143,7 +152,8 @@ class ImageTextDataModule(L.LightningDataModule):
         check(buckets is None or latents is None, "buckets", "set", "null: cached latents are of squares")
         self.quarantine_dir = None if quarantine_dir is None else Path(quarantine_dir)
         caption, crop = caption or TextCaption(), crop_of(crop)
-        self.options = ImageOptions(image_size, crop, flip, interpolation, max_pixels, caption, label, segmentation)
+        decoding = interpolation, max_pixels, reducing_gap
+        self.options = ImageOptions(image_size, crop, flip, *decoding, caption, label, segmentation)
         self.shard_cache = ShardCache(cache_dir, cache_bytes, RemoteFiles(storage_options), num_workers)
         self._check_arguments()
         which = shards, mixture, mixture_length, val_fraction, val_shards, list(filters or ()), limit
@@ -169,6 +179,8 @@ class ImageTextDataModule(L.LightningDataModule):
         check(self.shard_cache.max_bytes > 0, "cache_bytes", self.shard_cache.max_bytes, "positive")
         interpolation = self.options.interpolation
         check(interpolation in INTERPOLATIONS, "interpolation", interpolation, f"one of {INTERPOLATIONS}")
+        gap = self.options.reducing_gap
+        check(gap is None or gap >= 1.0, "reducing_gap", gap, "null (decode all pixels), or 1 and more")
         is_fixed = crop_of(self.options.crop).draws == 0
         check(is_fixed or not self.cache_decoded, "crop", "drawn anew in each epoch", "center beside `cache_decoded`")
 
@@ -243,7 +255,7 @@ class ImageTextDataModule(L.LightningDataModule):
                 (self.quarantine_dir / "damage.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def train_dataloader(self) -> DataLoader[ImageTextBatch]:
-        """This rank's training batches, beginning where training stands."""
+        """This rank's training batches, beginning where training stands; images are uint8."""
         if overfit_batches := getattr(self.trainer, "overfit_batches", 0):
             raise ValueError(
                 f"`trainer.overfit_batches` is {overfit_batches}; it must be 0, because Lightning would "
@@ -279,7 +291,7 @@ class ImageTextDataModule(L.LightningDataModule):
         rows = self.train_index.ranked("reference", count)
         for begin in range(0, len(rows), batch_size):
             positions = np.arange(begin, min(begin + batch_size, len(rows)))
-            yield self._references[BatchRequest(0, rows[positions], positions)]
+            yield with_signed_image(self._references[BatchRequest(0, rows[positions], positions)])
 
     @cached_property
     def _references(self) -> ImageTextDataset:
@@ -327,6 +339,10 @@ class ImageTextDataModule(L.LightningDataModule):
             self._untrained, self._processed_before = self._sampler.position, self._batch_progress.total.processed
             self._sampler.advance(self.trainer.num_training_batches)
         return batch
+
+    def on_after_batch_transfer(self, batch: ImageTextBatch, dataloader_idx: int) -> ImageTextBatch:
+        """The bytes that workers sent become values in [-1, 1], where that costs nothing."""
+        return with_signed_image(batch)
 
     @property
     def _batch_progress(self) -> Any:  # noqa: ANN401 (Lightning's annotation lacks `processed`)

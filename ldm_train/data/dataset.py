@@ -7,6 +7,7 @@ place; the failure is counted and written down, and too many of them end the run
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ldm_train.batch import ImageTextBatch
 from ldm_train.data.captions import CaptionSource, PlainCaption, TextCaption, Texts
-from ldm_train.data.crops import FLIP, Box, Crop, Margins, Shape, crop_of, margins
+from ldm_train.data.crops import FLIP, Box, Crop, Margins, Shape, crop_of, margins, reduced, reduction
 from ldm_train.data.index import CAPTION, IMAGE, METADATA, SEGMENTATION, ShardIndex
 from ldm_train.data.labels import Label
 from ldm_train.data.quarantine import Quarantine, TooManyBadSamplesError
@@ -24,7 +25,7 @@ from ldm_train.data.sampler import BatchRequest, substitute_rows
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 from ldm_train.data.shards import ShardReader
 from ldm_train.data.storage import ShardReadError
-from ldm_train.data.transforms import cut, decode_rgb, resize, resize_classes, to_signed_unit
+from ldm_train.data.transforms import cut, decode_reduced, resize, resize_classes
 from ldm_train.randomness import Stream, uniform, visit_id
 
 _SUBSTITUTES = 16
@@ -41,6 +42,8 @@ class ImageOptions:
         flip: mirror half of the images left to right.
         interpolation: `bicubic` or `bilinear`.
         max_pixels: the largest image that is decoded.
+        reducing_gap: g, the pixels of a JPEG that are kept for each of the shape, see `ldm_train.data.crops`; None
+            decodes all of them.
         caption: where captions come from.
         label: what says the class of a sample; None: samples have none.
         segmentation: where segmentation maps come from; None: there are none.
@@ -51,6 +54,7 @@ class ImageOptions:
     flip: bool = False
     interpolation: str = "bicubic"
     max_pixels: int = 1 << 26
+    reducing_gap: float | None = None
     caption: CaptionSource = field(default_factory=TextCaption)
     label: Label | None = None
     segmentation: SegmentationMember | PixelClassifier | None = None
@@ -102,7 +106,6 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         quarantine: where failures go.
         cache: keeps decoded samples by sample id and shape when given; only for crops that draw nothing.
         shape_of: the shape in which a row is delivered, the same for all rows of a batch; None is the square.
-        finish: makes the images that are delivered, [-1, 1] unless another place does so, of (B, 3, h, w) uint8.
     """
 
     def __init__(
@@ -113,10 +116,9 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         quarantine: Quarantine,
         cache: dict[tuple[int, Shape], Sample] | None = None,
         shape_of: Callable[[int], Shape] | None = None,
-        finish: Callable[[Tensor], Tensor] = to_signed_unit,
     ) -> None:
         self.index, self.options, self.seed, self.quarantine, self.cache = index, options, seed, quarantine, cache
-        self.shape_of, self.finish, self.crop = shape_of, finish, crop_of(options.crop)
+        self.shape_of, self.crop = shape_of, crop_of(options.crop)
         self.reader = ShardReader(index.paths, index.storage)
         self._augmentation_draws = max(self.crop.draws, FLIP + 1 if options.flip else 0)
 
@@ -161,7 +163,7 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
     def _put(self, batch: ImageTextBatch, samples: Sequence[Sample], mirrorings: Sequence[bool]) -> None:
         """Put the images of samples into a batch, mirrored or not."""
         pairs = zip(samples, mirrorings, strict=True)
-        batch["image"] = self.finish(torch.stack([s.image.flip(-1) if mirrored else s.image for s, mirrored in pairs]))
+        batch["image"] = torch.stack([s.image.flip(-1) if mirrored else s.image for s, mirrored in pairs])
 
     def _shape(self, rows: np.ndarray) -> Shape:
         if self.shape_of is None:
@@ -225,10 +227,14 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
         return sample
 
     def _make(self, row: int, draws: Draws, shape: Shape) -> Sample:
-        whole = decode_rgb(self.index.read(self.reader, row, IMAGE), self.options.max_pixels)
-        size = Shape(*whole.shape[-2:])
-        box = self.crop(size, shape, draws.augmentation)
-        image = resize(cut(whole, box), shape, self.options.interpolation)
+        data, options = self.index.read(self.reader, row, IMAGE), self.options
+        box_of = partial(self.crop, shape=shape, draws=draws.augmentation)
+        pixels, size, by = decode_reduced(
+            data, lambda size: reduction(box_of(size), shape, options.reducing_gap), options.max_pixels
+        )
+        box = box_of(size)
+        part = cut(pixels, reduced(box, by, Shape(*pixels.shape[-2:])))
+        image = resize(part, shape, options.interpolation)
         texts, label = self._texts(row)
         return Sample(image, texts, label, self._map(row, size, box, image), size, margins(size, box, shape))
 

@@ -46,6 +46,8 @@ class RowNumbers:
     def __getitem__(self, rows: Any) -> Any:  # noqa: ANN401 (what an array takes and gives)
         if isinstance(rows, slice):
             return np.arange(*rows.indices(self._count), dtype=np.int64)
+        if isinstance(rows, int) and 0 <= rows < self._count:  # as each member of each sample is asked for
+            return rows
         wanted = np.asarray(rows)
         if wanted.dtype == bool:
             wanted = np.flatnonzero(wanted)

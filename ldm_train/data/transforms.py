@@ -1,16 +1,20 @@
 """From the bytes of an image file to pixels of a shape.
 
-Decoding: torchvision where the file is plain, Pillow for what needs care: EXIF orientation, transparency (over white),
-CMYK, 16 bits, palettes, animations (the first frame). The header is judged before a pixel is decoded, so that a small
-file that claims to be huge costs nothing. A cut file is refused, never completed with grey. Colour profiles are
-ignored: values are taken as sRGB. Resizing: torch's antialiased uint8 kernel, several times as fast as Pillow's. The
-part that is shown is cut out before it is resized, so that an image 1 pixel high does not become a mile long.
+Decoding: libjpeg-turbo for plain JPEG files, which it can decode at a part of their size, torchvision for plain WebP,
+Pillow for what needs care: EXIF orientation, transparency (over white), CMYK, 16 bits, palettes, animations (the first
+frame). The header is judged before a pixel is decoded, so that a small file that claims to be huge costs nothing. A cut
+file is refused, never completed with grey. Colour profiles are ignored: values are taken as sRGB. Resizing: torch's
+antialiased uint8 kernel, several times as fast as Pillow's. The part that is shown is cut out before it is resized, so
+that an image 1 pixel high does not become a mile long.
 """
 
 import io
+from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -32,6 +36,20 @@ class ImageTooLargeError(ValueError):
     """An image's header claims more pixels than allowed."""
 
 
+class Decoded(NamedTuple):
+    """A picture, and what it is of.
+
+    Attributes:
+        pixels: (3, H / r, W / r) uint8 sRGB, upright; sides are rounded up.
+        size: H and W, those of the whole image.
+        reduction: r.
+    """
+
+    pixels: Tensor
+    size: Shape
+    reduction: int
+
+
 def decode_rgb(data: bytes, max_pixels: int = 1 << 26) -> Tensor:
     """Decode a JPEG, PNG or WebP file, told apart by its content and not by its name.
 
@@ -42,15 +60,33 @@ def decode_rgb(data: bytes, max_pixels: int = 1 << 26) -> Tensor:
     Returns:
         (3, H, W) uint8 sRGB, upright.
     """
+    return decode_reduced(data, lambda size: 1, max_pixels).pixels
+
+
+def decode_reduced(data: bytes, reduction: Callable[[Shape], int], max_pixels: int = 1 << 26) -> Decoded:
+    """Decode a file as `decode_rgb` does, but a plain JPEG at a part of its size.
+
+    Args:
+        data: the file.
+        reduction: by which power of two up to 8 an image of some size may be smaller.
+        max_pixels: the largest width x height that is decoded, before it is reduced.
+    """
     if (size := plain_jpeg_size(data)) is not None:
         _require(size, max_pixels)
-        with suppress(RuntimeError):
-            return _decode_plain(data)
+        upright = Shape(*reversed(size))
+        by = reduction(upright)
+        with suppress(ValueError):  # Pillow reads some kinds of JPEG that libjpeg-turbo's own interface refuses
+            return Decoded(_decode_jpeg(data, upright, by), upright, by)
+    whole = _decode_whole(data, max_pixels)
+    return Decoded(whole, Shape(*whole.shape[-2:]), 1)
+
+
+def _decode_whole(data: bytes, max_pixels: int) -> Tensor:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _require(image.size, max_pixels)
         if _is_plain(image):
-            with suppress(RuntimeError):  # Pillow reads some kinds of JPEG that torchvision refuses
-                pixels = _decode_plain(data)
+            with suppress(RuntimeError, ValueError):
+                pixels = _decode_jpeg(data) if image.format == "JPEG" else _decode_webp(data)
                 if pixels.dtype == torch.uint8:  # 16-bit files come as uint16
                     return pixels
         return _decode_with_care(image)
@@ -88,12 +124,21 @@ def _require(size: tuple[int, int], max_pixels: int) -> None:
         raise ImageTooLargeError(f"{width} x {height} pixels are more than data.max_pixels={max_pixels}")
 
 
-def _decode_plain(data: bytes) -> Tensor:
+def _decode_jpeg(data: bytes, size: tuple[int, int] = (0, 0), by: int = 1) -> Tensor:
+    """Decode a JPEG of a size at 1 / `by` of it; ValueError if it is damaged or of an uncommon kind."""
+    height, width = (-(-side // by) for side in size)
+    pixels = simplejpeg.decode_jpeg(
+        data, fastdct=False, fastupsample=False, min_height=height, min_width=width, min_factor=by
+    )
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _decode_webp(data: bytes) -> Tensor:
     return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """Whether torchvision gives the picture a person sees; it ignores orientation, transparency and frames.
+    """Whether a fast decoder gives the picture a person sees; it ignores orientation, transparency and frames.
 
     No PNG is plain: torchvision's decoder crashes the process on damaged data instead of raising an error.
     """
@@ -145,8 +190,5 @@ def center_square(image: Tensor, size: int) -> Tensor:
 
 
 def to_signed_unit(images: Tensor) -> Tensor:
-    """uint8 in [0, 255] to float32 in [-1, 1]: x / 127.5 - 1."""
-    # NumPy stays on one thread: torch's would queue behind those that train.
-    values = np.divide(images.numpy(), np.float32(127.5), dtype=np.float32)
-    values -= 1.0
-    return torch.from_numpy(values)
+    """uint8 in [0, 255] to float32 in [-1, 1] on any device: x / 127.5 - 1."""
+    return images.float().div_(127.5).sub_(1.0)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm_train.data.crops import (
+    REDUCTIONS,
     CenterCrop,
     RandomCrop,
     RandomResizedCrop,
@@ -13,6 +14,8 @@ from ldm_train.data.crops import (
     covering_box,
     crop_of,
     margins,
+    reduced,
+    reduction,
 )
 from ldm_train.randomness import Stream, uniform
 
@@ -93,6 +96,31 @@ def test_margins_and_what_is_shown_make_up_the_resized_image(image, shape, place
     width = image.width * shape.width / box.width
     assert abs(left + shape.width + right - width) <= 1.001
     assert top == round(box.top * shape.height / box.height)
+
+
+@given(images, shapes, number, st.floats(1, 4))
+def test_a_reduction_is_the_largest_that_leaves_the_gap(image, shape, place, gap):
+    box = covering_box(image, shape, place)
+    by = reduction(box, shape, gap)
+    assert by == 1 or (box.height >= by * gap * shape.height and box.width >= by * gap * shape.width)
+    larger = [r for r in REDUCTIONS if r > by]
+    assert not any(box.height >= r * gap * shape.height and box.width >= r * gap * shape.width for r in larger)
+    assert reduction(box, shape, None) == 1
+
+
+@given(images, shapes, number, st.sampled_from(REDUCTIONS))
+def test_a_reduced_box_is_the_same_part_to_half_a_pixel(image, shape, place, by):
+    box = covering_box(image, shape, place)
+    small = Shape(*(-(-side // by) for side in image))
+    found = reduced(box, by, small)
+    assert min(found.top, found.left) >= 0
+    assert min(found.height, found.width) >= 1
+    assert found.top + found.height <= small.height
+    assert found.left + found.width <= small.width
+    for begin, length, old_begin, old_length in zip(found[:2], found[2:], box[:2], box[2:], strict=True):
+        tolerance = 0.5 if old_length >= by else 1.5  # there a whole pixel is kept of less than one
+        assert abs(begin - old_begin / by) <= tolerance
+        assert abs(begin + length - (old_begin + old_length) / by) <= tolerance
 
 
 def test_names_and_objects_are_crops():

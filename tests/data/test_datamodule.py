@@ -170,9 +170,35 @@ def test_cache_gives_identical_batches(make):
             assert a["caption"] == b["caption"]
 
 
+class Ranges(Recorder):
+    """Remembers the values of the images that it trains and validates on."""
+
+    def _look(self, batch):
+        assert batch["image"].dtype == torch.float32
+        bytes_of = ((batch["image"][:, :, 0, 0] + 1) * 127.5).round().int().tolist()
+        assert bytes_of == [[number, 0, 7] for number in batch["sample_id"].tolist()]
+
+    def training_step(self, batch, batch_idx):
+        self._look(batch)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self._look(batch)
+        super().validation_step(batch, batch_idx)
+
+
+def test_a_stage_sees_values_from_minus_one_to_one_where_workers_send_bytes(make):
+    datamodule, stage = make(val_fraction=0.3), Ranges()
+    fit(datamodule, 4, module=stage, limit_val_batches=1.0)
+    assert len(stage.seen) == 4
+    assert stage.validated
+    for batch in datamodule.reference_batches(4, 2):
+        stage._look(batch)
+
+
 def test_samples_carry_their_own_picture_and_caption(make):
     for batch in make().train_dataloader():
-        colour = ((batch["image"][:, :, 0, 0] + 1) * 127.5).round().int().tolist()
+        colour = batch["image"][:, :, 0, 0].tolist()
         numbers = batch["sample_id"].tolist()
         assert colour == [[number, 0, 7] for number in numbers]
         assert batch["caption"] == [f"caption {number}" for number in numbers]

@@ -15,6 +15,7 @@ from ldm_train.data.crops import Shape
 from ldm_train.data.transforms import (
     ImageTooLargeError,
     center_square,
+    decode_reduced,
     decode_rgb,
     plain_jpeg_size,
     resize,
@@ -52,6 +53,35 @@ def test_both_routes_give_the_same_pixels(monkeypatch):
     monkeypatch.setattr(transforms, "_is_plain", lambda image: False)
     monkeypatch.setattr(transforms, "plain_jpeg_size", lambda data: None)
     assert all(np.array_equal(a, decoded(file)) for a, file in zip(plain, data, strict=True))
+
+
+@pytest.mark.parametrize("by", [1, 2, 4, 8])
+@pytest.mark.parametrize("shape", [(64, 96), (61, 90), (7, 5)])
+def test_a_reduced_jpeg_is_the_whole_one_averaged(by, shape):
+    """The lowest frequencies of a block are nearly the means over its parts, exactly so of smooth pictures."""
+    rows, columns = np.meshgrid(*(np.linspace(0, 2, side) for side in shape), indexing="ij")
+    smooth = np.stack([127 + 90 * np.sin(rows + 2 * columns), 127 + 90 * np.cos(3 * rows), 60 + 60 * columns], -1)
+    data = encode(smooth.round().astype(np.uint8), "JPEG", quality=98, subsampling=0)
+    pixels, size, found = decode_reduced(data, lambda size: by)
+    assert (size, found) == (shape, by)
+    assert pixels.shape == (3, *(-(-side // by) for side in shape))
+    whole = decode_rgb(data).float()
+    means = torch.nn.functional.avg_pool2d(whole, by, ceil_mode=True)
+    inner = tuple(slice(0, side // by) for side in shape)
+    difference = (pixels.float() - means)[:, *inner]
+    assert difference.numel() == 0 or difference.abs().max() <= 4
+
+
+@pytest.mark.parametrize("options", [{"format": "PNG"}, {"format": "WEBP", "lossless": True}, {"exif": True}])
+def test_what_is_no_plain_jpeg_is_never_reduced(options):
+    if options.pop("exif", False):
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 3
+    options = {"format": "JPEG"} | options
+    data = encode(SMOOTH, options.pop("format"), **options)
+    pixels, size, by = decode_reduced(data, lambda size: 8)
+    assert (size, by) == ((32, 48), 1)
+    assert torch.equal(pixels, decode_rgb(data))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
