@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm_train.data import AspectBuckets, ImageTextDataModule, LatentCache
+from ldm_train.data import AspectBuckets, ColourRegions, ImageTextDataModule, LatentCache, SegmentationMember
 from ldm_train.data.index import IMAGE, build_index
-from ldm_train.data.latent_encoding import MomentsEncoder, SourceImages, entries
-from ldm_train.data.latent_writing import LatentCacheWriter, ValueRange
-from ldm_train.data.latents import DTYPES, DamagedSampleError, LatentSettings, pack, pack_failure, unpack
+from ldm_train.data.latent_encoding import MomentsEncoder, SourceImages
+from ldm_train.data.latent_member import DTYPES, DamagedSampleError, pack, pack_failure, unpack
+from ldm_train.data.latent_records import ValueRange
+from ldm_train.data.latent_writing import LatentCacheWriter
+from ldm_train.data.latents import LatentSettings
 from tests.data.conftest import sample, write_tar
 from tests.stages.toy import autoencoder
 
@@ -28,12 +30,7 @@ def cached(source_paths, folder, batch_size=2, **changes):
     )
     for number, (path, name) in enumerate(zip(source_paths, writer.names, strict=True)):
         with writer.shard(path, name) as shard:
-            for batch in (batch for batch in sources if batch.shard == number):
-                images = batch.images()
-                if images is not None:
-                    shard.record.images.add(images)
-                for entry in entries(encoder, batch.pictures, images):
-                    shard.add(entry)
+            shard.fill(encoder, [batch for batch in sources if batch.shard == number], sources.index.starts[number])
     assert writer.merge() == []
     return str(folder / "*.tar")
 
@@ -174,7 +171,15 @@ def modules_again(module, latents=None):
         ({"image_size": 16}, "`data.image_size` is 16 with cached latents; allowed is 8"),
         ({"crop": "random"}, "`data.crop` is RandomCrop"),
         ({"flip": True}, "`data.flip` is True.*without --flip"),
-        ({"buckets": AspectBuckets(2), "bucket_unit": 4}, "`data.buckets` is 'set'; it must be null"),
+        (
+            {"buckets": AspectBuckets(2), "bucket_unit": 4},
+            "`data.buckets` is set, which asks for the shapes 6x10, 8x8, 10x6, with cached latents; allowed is 8x8",
+        ),
+        ({"segmentation": ColourRegions()}, "`data.segmentation` is a ColourRegions .*no pixels"),
+        (
+            {"segmentation": SegmentationMember(3)},
+            "`data.segmentation.extension` is seg.png with .*without --segmentation",
+        ),
         ({"interpolation": "bilinear"}, "`data.interpolation` is bilinear"),
     ],
 )
