@@ -138,7 +138,7 @@ class LatentCacheWriter:
             if not is_locked:
                 raise ValueError(
                     f"the file system of {self.folder} has no locks, so that several tasks cannot agree to begin anew; "
-                    "allowed with --overwrite are file systems with flock; change --output to a new folder instead"
+                    "allowed with --overwrite are file systems with flock; remove the folder, or change --output"
                 )
             if (self.folder / MANIFEST).is_file() or mark.read_text(encoding="utf-8") != making:
                 for path in (self.folder / MANIFEST, *map(self.record_path, self.names)):

@@ -14,19 +14,20 @@ from ldm_train.data.latent_member import DTYPES, DamagedSampleError, pack, pack_
 from ldm_train.data.latent_records import ValueRange
 from ldm_train.data.latent_writing import LatentCacheWriter
 from ldm_train.data.latents import LatentSettings
+from ldm_train.data.storage import LOCAL_FILES
 from tests.data.conftest import sample, write_tar
 from tests.stages.toy import autoencoder
 
 SETTINGS = LatentSettings("0" * 64, 8, 2, 4, 2, "float32")
 
 
-def cached(source_paths, folder, batch_size=2, **changes):
+def cached(source_paths, folder, storage=LOCAL_FILES, **changes):
     """A cache of shards, made by the parts that the tool is made of."""
     settings_ = dataclasses.replace(SETTINGS, **changes)
-    writer = LatentCacheWriter(folder, source_paths, settings_, {})
+    writer = LatentCacheWriter(folder, source_paths, settings_, {}, storage)
     encoder, sources = (
         MomentsEncoder(autoencoder().eval(), settings_),
-        SourceImages(source_paths, settings_, 2, 1 << 20),
+        SourceImages(source_paths, settings_, 2, 1 << 20, storage),
     )
     for number, (path, name) in enumerate(zip(source_paths, writer.names, strict=True)):
         with writer.shard(path, name) as shard:
