@@ -18,10 +18,9 @@ of its bucket (`ldm_train.data.buckets`); a run with the same buckets forms the 
 sizes of their images. Segmentation maps lie beside the latents as they were, and are cut by the box that is kept.
 
 What equals what: with float32 arithmetic and storage a run on the cache has the losses of a run on the images to
-rounding, 1e-5 of each. With `trainer.precision=bf16-mixed` the encoder of a run on images computes in bfloat16 too,
-whose moments are 8 bits wide, while a cache of --precision float32 holds better ones: the losses agree to a few
-thousandths, not to the digit, and a cache of --precision bfloat16 is as close as bfloat16 kernels for other batch sizes
-are to each other.
+rounding, 1e-5 of each. With `trainer.precision=bf16-mixed` the encoder of a run on images computes in bfloat16: a cache
+of --precision bfloat16 holds the same moments, in --dtype float16 too, which is wider; one of --precision float32 holds
+better ones, and the losses agree to some thousandths only.
 
 Letters: V versions, C latent channels, k moments per channel, h and w size of the latents.
 """

@@ -11,7 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm_train.conditioning import SemanticMapConditioner
 from ldm_train.data import AspectBuckets, ImageTextDataModule, LatentCache, MinimumSize, SegmentationMember
+from ldm_train.diffusion import Denoiser, cosine_schedule
+from ldm_train.nn import UNet
 from tests.data.conftest import encode, write_tar
 from tests.tools.test_cache_latents import autoencoder, difference, losses, run
 
@@ -65,6 +68,21 @@ def test_training_from_the_cache_is_training_from_the_images_in_the_same_buckets
     assert cache(source, tmp_path / "latents", "--flip", "--verify", 40) == 0
     assert "complete in the shapes 16x32, 24x24, 32x16" in capsys.readouterr().err
     options = {"size": SIZE, "flip": True, "steps": 20, **BUCKETS}
+    images = losses(source, **options)
+    latents = losses(tmp_path / "latents" / "*.tar", latents=LatentCache(), **options)
+    assert difference(images, latents) < 1e-5
+
+
+def semantic_parts():
+    torch.manual_seed(1)
+    unet = UNet(4, 4, 16, (1, 2), 1, (2,), attention="plain", num_heads=2, norm_groups=8, concat_channels=3)
+    conditioner = SemanticMapConditioner(9, 3)
+    return {"denoiser": Denoiser(unet, cosine_schedule(100), "v"), "conditioner": conditioner}
+
+
+def test_training_on_maps_from_the_cache_is_training_on_maps_from_the_images(source, tmp_path):
+    assert cache(source, tmp_path / "latents", "--segmentation", "seg.png") == 0
+    options = {"size": SIZE, "segmentation": SegmentationMember(9), "parts": semantic_parts, **BUCKETS}
     images = losses(source, **options)
     latents = losses(tmp_path / "latents" / "*.tar", latents=LatentCache(), **options)
     assert difference(images, latents) < 1e-5
