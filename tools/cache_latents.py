@@ -180,10 +180,13 @@ def shard_cache_of(arguments: argparse.Namespace) -> ShardCache:
     Raises:
         ValueError: if the options of the stores are no such thing.
     """
-    options = json.loads(arguments.storage_options)
+    try:
+        options = json.loads(arguments.storage_options)
+    except ValueError:
+        options = None
     if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
         raise ValueError(
-            f"--storage-options is a {type(options).__name__}; allowed is an object of objects by protocol, such as "
+            "--storage-options is no JSON object of objects; allowed are the options of each protocol, such as "
             '{"s3": {"endpoint_url": "https://..."}}; change --storage-options'
         )
     return ShardCache(arguments.cache_dir, arguments.cache_bytes, RemoteFiles(options), arguments.workers)

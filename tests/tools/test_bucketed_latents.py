@@ -12,7 +12,18 @@ import torch
 from PIL import Image
 
 from ldm_train.conditioning import SemanticMapConditioner
-from ldm_train.data import AspectBuckets, ImageTextDataModule, LatentCache, MinimumSize, SegmentationMember
+from ldm_train.data import (
+    AspectBuckets,
+    ImageTextDataModule,
+    LatentCache,
+    MinimumSize,
+    SegmentationMember,
+    ShardReader,
+    build_index,
+    latent_encoding,
+)
+from ldm_train.data.index import IMAGE
+from ldm_train.data.latent_member import HEADER_SIZE
 from ldm_train.diffusion import Denoiser, cosine_schedule
 from ldm_train.nn import UNet
 from tests.data.conftest import encode, write_tar
@@ -137,6 +148,24 @@ def test_what_a_shard_becomes_depends_on_that_shard_alone(source, tmp_path):
     assert filecmp.cmpfiles(tmp_path / "one", tmp_path / "three", names, shallow=False)[0] == names
     settings = json.loads((tmp_path / "one" / "manifest.json").read_text())["settings"]
     assert settings["shapes"] == [[32, 16], [24, 24], [16, 32]]
+
+
+def test_samples_keep_their_order_however_many_are_sorted_by_shape_at_a_time(source, tmp_path, monkeypatch):
+    assert cache(source, tmp_path / "once") == 0
+    monkeypatch.setattr(latent_encoding, "_WINDOW", 2)
+    assert cache(source, tmp_path / "often", "--batch-size", 3) == 0
+    once, often = (list_of(tmp_path / name) for name in ("once", "often"))
+    assert [key for key, _ in once] == [key for key, _ in often] == [f"{number:06d}" for number in range(36)]
+    for (_, a), (_, b) in zip(once, often, strict=True):
+        assert len(a) == len(b)
+        assert a[:HEADER_SIZE] == b[:HEADER_SIZE]
+
+
+def list_of(folder):
+    """Key and `.latent` member of every sample, in the order of the cache."""
+    index = build_index(sorted(map(str, folder.glob("*.tar"))), (IMAGE,))
+    reader = ShardReader(index.paths)
+    return [(index.key(row), index.read(reader, row, IMAGE)) for row in range(len(index))]
 
 
 def test_an_image_of_unknown_size_keeps_its_place_in_no_bucket(source, tmp_path, capsys):

@@ -18,6 +18,7 @@ import torch
 from ldm_train.data import ImageTextDataModule, LatentCache, latent_encoding
 from ldm_train.stages import CachedMoments
 from tests.data.conftest import sample, write_tar
+from tests.data.faulty_server import serving
 from tests.interchange.networks import SMALL, random_autoencoder
 from tests.stages.toy import latent_diffusion
 
@@ -237,6 +238,10 @@ def test_moments_too_large_for_their_type_are_refused(source, tmp_path, capsys):
         (("--image-size", 18), "allowed are multiples of 4"),
         (("--task-index", 3, "--num-tasks", 3), "--task-index is 3; allowed are 0 to 2"),
         (("--precision", "bfloat16"), "allowed there is float32"),
+        (("--storage-options", "[1]"), "change --storage-options"),
+        (("--storage-options", "{"), "change --storage-options"),
+        (("--storage-options", '{"s3": 1}'), "change --storage-options"),
+        (("--segmentation", ".png"), "allowed are two-part names of PNG files"),
     ],
 )
 def test_what_cannot_be_used_is_refused(source, tmp_path, capsys, options, message):
@@ -247,3 +252,19 @@ def test_what_cannot_be_used_is_refused(source, tmp_path, capsys, options, messa
 def test_the_source_folder_is_no_output(source, tmp_path, capsys):
     assert run(source, tmp_path / "shards", model=checkpoint(tmp_path / "a.ckpt")) == 2
     assert "change --output" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_behind_urls_give_the_cache_of_the_same_shards_here(source, tmp_path, capsys, workers):
+    pytest.importorskip("aiohttp")
+    assert run(source, tmp_path / "local") == 0
+    options = ("--cache-dir", tmp_path / "copies", "--workers", workers, "--verify", 6)
+    with serving(tmp_path / "shards") as server:
+        assert run(server.url + "/{00000..00003}.tar?signature=S", tmp_path / "out", *options) == 0
+        fetched = sum(server.requests["GET", f"{shard:05d}.tar"] for shard in range(4))
+        assert run(server.url + "/{00000..00003}.tar?signature=T", tmp_path / "out", *options[:4]) == 0
+    assert fetched == 4
+    for path in (tmp_path / "local").glob("*.tar"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert "signature=" not in (tmp_path / "out" / "manifest.json").read_text()
+    assert all("signature=" not in path.read_text() for path in (tmp_path / "out").glob("*_latents.json"))
