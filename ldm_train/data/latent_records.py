@@ -1,8 +1,8 @@
 """What is known of the shards of a latent cache that were made, each in a `<shard>_latents.json` beside it.
 
 A record says of which content its shard was made: a hash of all bytes of the source (BLAKE2b, RFC 7693), computed
-when the shard is made, from pages that are in memory then and at a hundredth of the encoder's time. A sample of the
-bytes would cost less and miss an image that another of the same size replaced. As long as location, size and
+right after they were encoded, from pages that are still in memory, at one or two seconds a gigabyte. A sample of the
+bytes would cost less, and miss an image in whose place another of the same size was put. As long as location, size and
 time of change are the ones that were noted, the source counts as unchanged and is not read again; else it is hashed
 anew, so that a copy is known for a copy, and a change of equal size for a change.
 """

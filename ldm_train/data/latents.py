@@ -17,10 +17,10 @@ What a `.latent` member holds: `ldm_train.data.latent_member`. With aspect bucke
 of its bucket (`ldm_train.data.buckets`); a run with the same buckets forms the same batches, for the members name the
 sizes of their images. Segmentation maps lie beside the latents as they were, and are cut by the box that is kept.
 
-What equals what: with float32 arithmetic and storage a run on the cache has the losses of a run on the images to
-rounding, 1e-5 of each. With `trainer.precision=bf16-mixed` the encoder of a run on images computes in bfloat16: a cache
-of --precision bfloat16 holds the same moments, in --dtype float16 too, which is wider; one of --precision float32 holds
-better ones, and the losses agree to some thousandths only.
+What equals what: with float32 arithmetic and storage a run on the cache has the losses of a run on the images but for
+rounding, 1e-5 of each at first, which training then amplifies. With `trainer.precision=bf16-mixed` the encoder of a run
+on images computes in bfloat16: a cache of --precision bfloat16 holds the same moments, in --dtype float16 too, which is
+wider; one of --precision float32 holds better ones, and the losses agree to some thousandths only.
 
 Letters: V versions, C latent channels, k moments per channel, h and w size of the latents.
 """
