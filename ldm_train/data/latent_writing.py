@@ -33,7 +33,7 @@ from ldm_train.data.latent_member import EXTENSION
 from ldm_train.data.latent_records import ShardRecord, SourceShard, ValueRange, digest_of, location_of, write_json
 from ldm_train.data.latents import MANIFEST, VERSION, LatentSettings
 from ldm_train.data.locations import beside, folders_above, is_url, shown
-from ldm_train.data.storage import LOCAL_FILES, ShardReadError, Storage
+from ldm_train.data.storage import LOCAL_FILES, Identity, ShardReadError, Storage
 
 OVERWRITING = ".overwriting"
 _COPIED = ("_stats.json", ".parquet")  # what img2dataset writes beside a shard, and stays true of it
@@ -83,6 +83,7 @@ class LatentCacheWriter:
     ) -> None:
         self.folder, self.paths, self.settings, self.description = folder, tuple(paths), settings, description
         self.storage, self.changed = storage, set[str]()
+        self._digests: dict[tuple[str, Identity], str] = {}
         self.root, self.names = shard_names(paths)
         if not is_url(self.root) and folder.resolve() == Path(self.root).resolve():
             raise ValueError(
@@ -104,28 +105,29 @@ class LatentCacheWriter:
         target = self.folder / name
         if record is None or not target.is_file() or target.stat().st_size != record.size:
             return None
-        differences = record.settings.differences(self.settings)
+        differences, location = record.settings.differences(self.settings), record.source.location
         if not differences and self._is_of(record, path):
             return record
-        if not differences and record.source.location == location_of(path):
+        if not differences and location == location_of(path):
             self.changed.add(name)
             return None
-        what = ", ".join(differences) or f"other content from {record.source.location} -> {location_of(path)}"
+        what = ", ".join(differences) or f"other content from {location} -> {location_of(path)}"
         raise ValueError(
             f"{target} was made with {what}; allowed is one kind of latents of one data set in a folder; change "
             "--output, or add --overwrite to make all shards anew"
         )
 
     def _is_of(self, record: ShardRecord, path: str) -> bool:
-        """Whether a shard was made of the content that is at a path; a copy is noted, so that it is read only once."""
-        source, identity = record.source, self.storage.identity(path)
-        if source.location == location_of(path) and (source.size, source.version) == identity:
+        """Whether a shard was made of the content that is at a path; of a copy the record then names the place."""
+        source, identity, location = record.source, self.storage.identity(path), location_of(path)
+        if source.location == location and (source.size, source.version) == identity:
             return True
-        if source.size != identity.size or digest_of(path, self.storage) != source.digest:
+        if source.size != identity.size:
             return False
-        record.source = SourceShard(location_of(path), *identity, source.digest)
-        record.write(self.record_path(record.name))
-        return True
+        if (location, identity) not in self._digests:
+            self._digests[location, identity] = digest_of(path, self.storage)
+        record.source = SourceShard(location, *identity, self._digests[location, identity])
+        return record.source.digest == source.digest
 
     def begin_overwriting(self) -> None:
         """Remove all records, so that every shard is made again, unless another process has done so for this making.
@@ -216,11 +218,15 @@ class LatentCacheWriter:
             ValueError: if a shard was made with other settings.
         """
         with self._alone() as (mark, _):
-            found = {name: self.record(path, name) for path, name in zip(self.paths, self.names, strict=True)}
-            missing = [name for name, record in found.items() if record is None]
+            found = [self.record(path, name) for path, name in zip(self.paths, self.names, strict=True)]
+            records = [record for record in found if record is not None]
+            if self._digests:  # copies that were read once need not be read again
+                for record in records:
+                    record.write(self.record_path(record.name))
+            missing = [name for name, record in zip(self.names, found, strict=True) if record is None]
             if not missing:
                 with atomic_write(self.folder / MANIFEST) as temporary:
-                    write_json(temporary, self._manifest([record for record in found.values() if record is not None]))
+                    write_json(temporary, self._manifest(records))
                 mark.unlink()
         return missing
 
