@@ -33,7 +33,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from ldm_train.batch import ImageTextBatch
 from ldm_train.data import ImageTextDataModule, LatentCache, ShardReader, build_index, expand_shards
 from ldm_train.data.index import IMAGE
-from ldm_train.data.latents import unpack
+from ldm_train.data.latent_member import unpack
 from ldm_train.data.transforms import center_square, decode_rgb, to_signed_unit
 from ldm_train.data.writing import ShardSample, ShardWriter
 from ldm_train.nn import Autoencoder

@@ -3,16 +3,21 @@ r"""Encode every image of some shards once, so that stage 2 trains without the e
     python tools/cache_latents.py --checkpoint kl_f8.ckpt --data 'shards/*.tar' --image-size 512 --output latents/
     python tools/cache_latents.py ... --task-index $SLURM_ARRAY_TASK_ID --num-tasks $SLURM_ARRAY_TASK_COUNT
     python tools/cache_latents.py ... --verify 64      compare with the images, once the cache is complete
+    python tools/cache_latents.py ... --buckets 64     in the shapes of data.buckets with this step
 
 Each source shard gives one shard of the same name: the posterior's mean and log-variance of each image, its caption and
-its metadata. The same command goes on where it was stopped; of N tasks, number I makes the shards I, I + N, ..., and
-whichever finishes last writes the manifest (or --merge does). Then train with
+its metadata, with --segmentation its map. The same command goes on where it was stopped, and makes again what was made
+of a shard that has changed since; of N tasks, number I makes the shards I, I + N, ..., and whichever finishes last
+writes the manifest (or --merge does). All tasks of a job may say --overwrite: the first of them begins anew. Then train
+with
 
     data=latents 'data.shards=latents/*.tar' stage.moments._target_=ldm_train.stages.CachedMoments
 """
 
 import argparse
+import json
 import sys
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,12 +31,18 @@ from torch.utils.data import DataLoader
 from verify_latents import verify
 
 from ldm_train.checkpoint import encoder_digest
+from ldm_train.data.buckets import AspectBuckets
+from ldm_train.data.crops import Shape
 from ldm_train.data.dataset import INTERPOLATIONS
-from ldm_train.data.latent_encoding import PRECISIONS, MomentsEncoder, PictureBatch, SourceImages, entries
+from ldm_train.data.latent_encoding import PRECISIONS, MomentsEncoder, PictureBatch, SourceImages
+from ldm_train.data.latent_member import DTYPES
 from ldm_train.data.latent_writing import LatentCacheWriter
-from ldm_train.data.latents import DTYPES, MANIFEST, LatentSettings
+from ldm_train.data.latents import MANIFEST, LatentSettings, sizes_of
 from ldm_train.data.locations import expand_shards
-from ldm_train.data.storage import ShardReadError
+from ldm_train.data.remote import RemoteFiles
+from ldm_train.data.segmentation import SegmentationMember
+from ldm_train.data.shard_cache import ShardCache
+from ldm_train.data.storage import LOCAL_FILES, Routed, ShardReadError
 from ldm_train.nn import Autoencoder
 
 NAMED_ON_SCREEN = 20
@@ -73,7 +84,25 @@ def settings_of(arguments: argparse.Namespace, autoencoder: Autoencoder) -> Late
         arguments.crop,
         arguments.flip,
         arguments.interpolation,
+        shapes_of(arguments, factor),
+        None if arguments.segmentation is None else SegmentationMember(1, arguments.segmentation).extension,
     )
+
+
+def shapes_of(arguments: argparse.Namespace, factor: int) -> tuple[Shape, ...] | None:
+    """Those of the aspect buckets, if there are any.
+
+    Raises:
+        ValueError: if they do not suit the autoencoder, or the image size.
+    """
+    if arguments.buckets is None:
+        return None
+    if arguments.buckets % factor:
+        raise ValueError(
+            f"the step of the buckets is {arguments.buckets}; allowed are multiples of {factor}, by which this "
+            "autoencoder divides the sides; change --buckets"
+        )
+    return tuple(AspectBuckets(arguments.buckets, arguments.max_ratio).shapes(arguments.image_size))
 
 
 def encode_shards(
@@ -85,21 +114,21 @@ def encode_shards(
 ) -> None:
     """Encode shards, given as (path, name), one after the other."""
     paths = [path for path, _ in own]
-    sources = SourceImages(paths, encoder.settings, arguments.batch_size, arguments.max_pixels)
+    sources = SourceImages(paths, encoder.settings, arguments.batch_size, arguments.max_pixels, writer.storage)
     loader = DataLoader(sources, batch_size=None, num_workers=arguments.workers, collate_fn=as_is)
     columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("images", total=len(sources.index))
+
+        def counted(batches: Iterable[PictureBatch]) -> Iterator[PictureBatch]:
+            for batch in batches:
+                yield batch
+                progress.advance(task, len(batch.rows))
+
         for number, batches in groupby(loader, key=lambda batch: batch.shard):
             with writer.shard(*own[number]) as shard:
                 shard.record.left_out += sources.left_out(number)
-                for batch in batches:
-                    images = batch.images()
-                    if images is not None:
-                        shard.record.images.add(images)
-                    for entry in entries(encoder, batch.pictures, images):
-                        shard.add(entry)
-                    progress.advance(task, len(batch.pictures))
+                shard.fill(encoder, counted(batches), int(sources.index.starts[number]))
 
 
 def as_is(batch: PictureBatch) -> PictureBatch:
@@ -119,19 +148,21 @@ def cache_latents(arguments: argparse.Namespace, console: Console) -> int:
         raise ValueError(
             f"--task-index is {arguments.task_index}; allowed are 0 to {arguments.num_tasks - 1}, one below --num-tasks"
         )
-    paths = expand_shards(arguments.data, "--data")
+    shard_cache = shard_cache_of(arguments)
+    storage = Routed(LOCAL_FILES, shard_cache)
+    paths = expand_shards(arguments.data, "--data", shard_cache.glob)
     loaded = read(source_of(arguments, arguments.checkpoint))
     autoencoder = loaded.autoencoder.to(arguments.device).eval()
     settings = settings_of(arguments, autoencoder)
     description = {"autoencoder": {"source": str(arguments.checkpoint.absolute()), "config": loaded.node}}
-    writer = LatentCacheWriter(arguments.output, paths, settings, description)
+    writer = LatentCacheWriter(arguments.output, paths, settings, description, storage)
     encoder = MomentsEncoder(autoencoder, settings)
     if arguments.verify and not arguments.overwrite and (arguments.output / MANIFEST).is_file():
-        return verify(arguments.output, paths, encoder, arguments.verify, console)
+        return verify(arguments.output, paths, encoder, arguments.verify, console, storage)
     own = list(zip(paths, writer.names, strict=True))[arguments.task_index :: arguments.num_tasks]
-    if not arguments.merge:
+    if own and not arguments.merge:
         if arguments.overwrite:
-            writer.forget(name for _, name in own)
+            writer.begin_overwriting()
         if pending := [(path, name) for path, name in own if writer.record(path, name) is None]:
             encode_shards(writer, encoder, pending, arguments, console)
     missing = writer.merge()
@@ -139,8 +170,26 @@ def cache_latents(arguments: argparse.Namespace, console: Console) -> int:
     if missing:
         return 1 if arguments.merge or arguments.verify else 0
     if arguments.verify:
-        return verify(arguments.output, paths, encoder, arguments.verify, console)
+        return verify(arguments.output, paths, encoder, arguments.verify, console, storage)
     return 0
+
+
+def shard_cache_of(arguments: argparse.Namespace) -> ShardCache:
+    """Where shards behind URLs are fetched to.
+
+    Raises:
+        ValueError: if the options of the stores are no such thing.
+    """
+    try:
+        options = json.loads(arguments.storage_options)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
+        raise ValueError(
+            "--storage-options is no JSON object of objects; allowed are the options of each protocol, such as "
+            '{"s3": {"endpoint_url": "https://..."}}; change --storage-options'
+        )
+    return ShardCache(arguments.cache_dir, arguments.cache_bytes, RemoteFiles(options), arguments.workers)
 
 
 def report(writer: LatentCacheWriter, missing: list[str], console: Console) -> None:
@@ -152,6 +201,8 @@ def report(writer: LatentCacheWriter, missing: list[str], console: Console) -> N
     records = [
         record for path, name in zip(writer.paths, writer.names, strict=True) if (record := writer.record(path, name))
     ]
+    for name in sorted(writer.changed):
+        say(f"made of what its source was before it changed, and therefore made again: {name}", "yellow")
     damaged = [f"{record.name}: {sample['key']}: {sample['reason']}" for record in records for sample in record.damaged]
     left_out = [f"{record.name}: {line}" for record in records for line in record.left_out]
     for title, lines in (("could not be decoded", damaged), ("left out", left_out)):
@@ -166,9 +217,10 @@ def report(writer: LatentCacheWriter, missing: list[str], console: Console) -> N
         more = ", ..." if len(missing) > 5 else ""
         say(f"not there yet: {', '.join(missing[:5])}{more}; the task that finishes last writes the manifest")
     else:
+        shapes = "" if writer.settings.shapes is None else f" in the shapes {sizes_of(writer.settings.shapes)}"
         say(
-            f"{writer.folder} is complete: data=latents 'data.shards={writer.folder}/*.tar' "
-            "stage.moments._target_=ldm_train.stages.CachedMoments"
+            f"{writer.folder} is complete{shapes}: data=latents 'data.shards={writer.folder}/*.tar' "
+            "stage.moments._target_=ldm_train.stages.CachedMoments, and what else made the images"
         )
 
 
@@ -186,20 +238,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     help_text = "the autoencoder: anything that tools/convert.py reads"
     add("--checkpoint", metavar="SOURCE", type=Path, required=True, help=help_text)
     add_source_options(parser)
-    add("--data", required=True, action="append", help="shards: a path, a glob or a brace pattern; may be repeated")
-    add("--image-size", type=positive, required=True, help="side in pixels")
+    help_text = "shards: a path, a URL, a glob or a brace pattern; may be repeated"
+    add("--data", required=True, action="append", help=help_text)
     add("--output", type=Path, required=True, help="the folder for the cache; what is there already is kept")
-    add("--crop", choices=("center",), default="center", help="where squares are cut (default: %(default)s)")
-    add("--flip", action="store_true", help="keep mirrored images as well, for data.flip=true; twice the size")
-    add("--interpolation", choices=INTERPOLATIONS, default="bicubic", help="(default: %(default)s)")
-    add("--max-pixels", type=positive, default=1 << 26, help="larger images are not decoded (default: %(default)s)")
+    add_image_options(parser)
     add("--dtype", choices=DTYPES, default="float16", help="of the stored numbers (default: %(default)s)")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        default="float32",
-        help="of the encoder's arithmetic, on a GPU (default: %(default)s)",
-    )
+    help_text = "of the encoder's arithmetic, on a GPU (default: %(default)s)"
+    add("--precision", choices=PRECISIONS, default="float32", help=help_text)
     add("--batch-size", type=positive, default=16, help="images encoded at a time (default: %(default)s)")
     add("--workers", type=int, default=2, help="processes that decode (default: %(default)s)")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -207,14 +252,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--task-index", type=int, default=0, metavar="I", help="which part of the shards is this task's")
     add("--num-tasks", type=positive, default=1, metavar="N", help="how many tasks share the work")
     add("--merge", action="store_true", help="encode nothing; write the manifest if all shards are there")
-    add(
-        "--verify",
-        type=positive,
-        metavar="N",
-        help="then compare N samples with their images; exit code 1 if they differ",
-    )
-    add("--overwrite", action="store_true", help="make this task's shards anew")
+    help_text = "then compare N samples with their images; exit code 1 if they differ"
+    add("--verify", type=positive, metavar="N", help=help_text)
+    help_text = "make all shards anew, together with the other tasks; one that was stopped goes on by the same command"
+    add("--overwrite", action="store_true", help=help_text)
+    help_text = "where copies of shards behind URLs lie, as data.cache_dir (default: a folder under TMPDIR)"
+    add("--cache-dir", help=help_text)
+    add("--cache-bytes", type=positive, default=100 << 30, help="as data.cache_bytes (default: %(default)s)")
+    add("--storage-options", default="{}", metavar="JSON", help="as data.storage_options, for shards behind URLs")
     return parser.parse_args(argv)
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """How images are made before they are encoded."""
+    add: Any = parser.add_argument
+    add("--image-size", type=positive, required=True, help="side in pixels, of the square among the shapes")
+    add("--crop", choices=("center",), default="center", help="where shapes are cut (default: %(default)s)")
+    add("--buckets", type=positive, metavar="STEP", help="data.buckets.step, for data.buckets (default: squares)")
+    help_text = "with --buckets, data.buckets.max_ratio (default: %(default)s)"
+    add("--max-ratio", type=float, default=2.0, metavar="R", help=help_text)
+    add("--flip", action="store_true", help="keep mirrored images as well, for data.flip=true; twice the size")
+    add("--interpolation", choices=INTERPOLATIONS, default="bicubic", help="(default: %(default)s)")
+    add("--max-pixels", type=positive, default=1 << 26, help="larger images are not decoded (default: %(default)s)")
+    help_text = "keep segmentation maps, the members of this extension such as seg.png, for data.segmentation"
+    add("--segmentation", metavar="EXTENSION", help=help_text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from ldm_train.data.index import IMAGE, build_index
 from ldm_train.data.latent_encoding import MomentsEncoder, SourceImages
-from ldm_train.data.latents import DamagedSampleError, read_manifest, unpack
+from ldm_train.data.latent_member import DamagedSampleError, unpack
+from ldm_train.data.latents import read_manifest
 from ldm_train.data.shards import ShardReader
+from ldm_train.data.storage import Storage
 from ldm_train.data.transforms import to_signed_unit
 
 PEAK_SQUARED = 4.0  # values lie in [-1, 1]
@@ -43,7 +45,9 @@ class Compared(NamedTuple):
     fault: str | None
 
 
-def verify(folder: Path, paths: Sequence[str], encoder: MomentsEncoder, number: int, console: Console) -> int:
+def verify(
+    folder: Path, paths: Sequence[str], encoder: MomentsEncoder, number: int, console: Console, storage: Storage
+) -> int:
     """Compare and report.
 
     Args:
@@ -52,6 +56,7 @@ def verify(folder: Path, paths: Sequence[str], encoder: MomentsEncoder, number: 
         encoder: of the autoencoder and settings that it should be of.
         number: samples to compare.
         console: for the report.
+        storage: where the source shards lie.
 
     Returns:
         0 if the cache is right, 1 if it is not.
@@ -60,12 +65,13 @@ def verify(folder: Path, paths: Sequence[str], encoder: MomentsEncoder, number: 
     def say(text: str, style: str | None = None) -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    manifest = read_manifest(folder)
+    manifest = read_manifest(str(folder.absolute()))
     faults = [f"setting {text}" for text in manifest.settings.differences(encoder.settings)]
     low, high = manifest.image_range
     if low < -1.001 or high > 1.001:
         faults.append(f"images in [{low:g}, {high:g}] instead of [-1, 1], as the manifest says")
-    results = compare(folder, list(manifest.shards), paths, encoder, number, console)
+    sources = SourceImages(paths, encoder.settings, 1, 1 << 40, storage)
+    results = compare(folder, list(manifest.shards), sources, encoder, number, console)
     found = {key: result.fault for key, result in results.items() if result.fault is not None}
     if results:
         cached, now = (sum(r[i] for r in results.values()) / len(results) for i in (0, 1))
@@ -87,10 +93,9 @@ def verify(folder: Path, paths: Sequence[str], encoder: MomentsEncoder, number: 
 
 
 def compare(
-    folder: Path, names: Sequence[str], paths: Sequence[str], encoder: MomentsEncoder, number: int, console: Console
+    folder: Path, names: Sequence[str], sources: SourceImages, encoder: MomentsEncoder, number: int, console: Console
 ) -> dict[str, Compared]:
     """The chosen samples by their keys; those without an image are left out."""
-    sources = SourceImages(paths, encoder.settings, batch_size=1, max_pixels=1 << 40)
     cache = build_index([str(folder / name) for name in names], (IMAGE,))
     if len(cache) != len(sources.index):
         raise ValueError(

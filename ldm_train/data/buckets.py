@@ -12,7 +12,7 @@ the set is fixed for a run, so that a compiled network is compiled once for each
 Letters: H and W height and width of an image, h and w of a bucket, N images, K buckets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,3 +122,13 @@ class ShapeOfRow:
     def __call__(self, row: int) -> Shape:
         """The shape in which a row is delivered."""
         return self.shapes[self.buckets[row]]
+
+
+def next_alike(shape_of: Callable[[int], Shape], row: int, start: int, rows: int) -> int:
+    """The first row of the shape of `row` from `start` on, around the end of `rows` rows.
+
+    What takes the place of a damaged sample comes in the shape that its bucket has: no image is cut more than it need
+    be, and one of which only the latents in that shape are left can stand in.
+    """
+    shape = shape_of(row)
+    return next(candidate % rows for candidate in range(start, start + rows) if shape_of(candidate % rows) == shape)

@@ -23,7 +23,7 @@ from ldm_train.data.locations import expand_shards
 from ldm_train.data.mixed_order import MixedOrder
 from ldm_train.data.order import Order, ShuffledOrder
 from ldm_train.data.shard_cache import ShardCache
-from ldm_train.data.storage import LOCAL_FILES, Routed
+from ldm_train.data.storage import LOCAL_FILES, Routed, Storage
 
 _BLOCK = 1 << 20
 Shards = str | Sequence[str]
@@ -122,6 +122,11 @@ class Corpus:
     seconds: list[float] = field(default_factory=list)
 
     @property
+    def storage(self) -> Storage:
+        """Where the shards lie."""
+        return Routed(LOCAL_FILES, self.cache)
+
+    @property
     def training(self) -> Split:
         """The training samples."""
         return self._splits[0]
@@ -200,6 +205,16 @@ class Corpus:
         own = buckets[int(index.starts[first]) : int(index.starts[end])]
         return BucketedOrder(starts, own, options.bucket_unit, *shuffle)
 
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """All shards, of training and validation, before any of them is read."""
+        return tuple(dict.fromkeys([*(path for paths in self._sources.values() for path in paths), *self._val_paths]))
+
+    @cached_property
+    def _val_paths(self) -> tuple[str, ...]:
+        shards = self.options.val_shards
+        return expand_shards(shards, "data.val_shards", self.cache.glob) if shards else ()
+
     @cached_property
     def _sources(self) -> dict[str, tuple[str, ...]]:
         """Name -> shards of each data set."""
@@ -223,7 +238,7 @@ class Corpus:
             index = index.first(options.limit)
         training, validation = index.split(options.val_fraction)
         if options.val_shards:
-            validation = self._indexed(expand_shards(options.val_shards, "data.val_shards", self.cache.glob))
+            validation = self._indexed(self._val_paths)
         if not len(training):
             raise ValueError(
                 f"no training image is left: {len(index.damage)} damaged, refused {dict(index.refused)}. At least one "
@@ -246,7 +261,7 @@ class Corpus:
             options.segmentation,
             options.index_dir,
             options.index_workers,
-            Routed(LOCAL_FILES, self.cache),
+            self.storage,
             dimensions=options.buckets is not None,
         )
         return index.filtered(options.filters, options.index_workers)

@@ -31,7 +31,7 @@ from ldm_train.data.dataset import INTERPOLATIONS, ImageOptions, ImageTextDatase
 from ldm_train.data.filters import Filter
 from ldm_train.data.index import IMAGE, METADATA, ShardIndex
 from ldm_train.data.labels import Label
-from ldm_train.data.latents import LatentCache, LatentTextDataset
+from ldm_train.data.latents import LatentCache, LatentTextDataset, check_sizes
 from ldm_train.data.locations import is_url
 from ldm_train.data.quarantine import Quarantine, running_totals
 from ldm_train.data.remote import RemoteFiles
@@ -149,7 +149,6 @@ class ImageTextDataModule(L.LightningDataModule):
         self.batch_size, self.val_batch_size = batch_size, batch_size if val_batch_size is None else val_batch_size
         self.seed, self.cache_decoded, self.max_bad_fraction = seed, cache_decoded, max_bad_fraction
         self.num_workers, self.prefetch_factor, self.latents = num_workers, prefetch_factor, latents
-        check(buckets is None or latents is None, "buckets", "set", "null: cached latents are of squares")
         self.quarantine_dir = None if quarantine_dir is None else Path(quarantine_dir)
         caption, crop = caption or TextCaption(), crop_of(crop)
         decoding = interpolation, max_pixels, reducing_gap
@@ -199,7 +198,10 @@ class ImageTextDataModule(L.LightningDataModule):
         """
         if self.latents is None:
             return None
-        return self.latents.facts(list(dict.fromkeys(self.train_index.paths + self.val_index.paths)), self.options)
+        corpus = self.corpus
+        facts = self.latents.facts(corpus.locations, self.options, corpus.shapes, corpus.storage)
+        check_sizes([self.train_index, self.val_index])
+        return facts
 
     @property
     def train_index(self) -> ShardIndex:
@@ -297,7 +299,8 @@ class ImageTextDataModule(L.LightningDataModule):
     def _references(self) -> ImageTextDataset:
         if self.latents is None:
             return self._dataset(self.train_index, self.options.plain(), _TRAINING, num_workers=0)
-        images = self.latents.images_of(self.train_index, self._required)
+        extension = self.corpus.options.segmentation
+        images = self.latents.images_of(self.train_index, self._required, extension, self.shard_cache.glob)
         quarantine = Quarantine(None, self.max_bad_fraction, num_workers=0)
         return ImageTextDataset(images, self.options.plain(), self.seed, quarantine)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm_train.batch import ImageTextBatch
+from ldm_train.data.buckets import next_alike
 from ldm_train.data.captions import CaptionSource, PlainCaption, TextCaption, Texts
 from ldm_train.data.crops import FLIP, Box, Crop, Margins, Shape, crop_of, margins, reduced, reduction
 from ldm_train.data.index import CAPTION, IMAGE, METADATA, SEGMENTATION, ShardIndex
@@ -215,7 +216,8 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
     def _candidates(self, epoch: int, row: int) -> Iterator[int]:
         yield row
         sample_id = int(self.index.sample_id[row])
-        yield from substitute_rows(_SUBSTITUTES, len(self.index), self.seed, epoch, sample_id)
+        drawn, shape_of = substitute_rows(_SUBSTITUTES, len(self), self.seed, epoch, sample_id), self.shape_of
+        yield from drawn if shape_of is None else (next_alike(shape_of, row, start, len(self)) for start in drawn)
 
     def _sample(self, row: int, draws: Draws, shape: Shape) -> Sample:
         name = int(self.index.sample_id[row]), shape

@@ -1,120 +1,59 @@
 """Writing a latent cache: shard by shard, each complete or absent, by any number of processes that never talk.
 
-A process writes a shard under a temporary name, renames it, and then writes the shard's record beside it. So a shard
-with a record is whole, one without is made again, and whoever finds the last record writes the manifest. Which process
-makes which shard does not change a byte.
+A process writes a shard under a temporary name, renames it, and then writes the shard's record beside it
+(`ldm_train.data.latent_records`). So a shard with a record is whole, one without is made again, and whoever finds the
+last record writes the manifest. Which process makes which shard does not change a byte.
+
+To make a cache anew, by several processes that start and end in any order, the first of them removes every record,
+those of the others too, and says so in a file; the others find it and only go on. So records are never of two
+makings. The file goes when the manifest is written. It is locked while records are removed and while the manifest is
+written, so that neither happens during the other.
 
 Layout: see `ldm_train.data.latents`.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from webdataset.writer import TarWriter
 
 from ldm_train.checkpoint import atomic_write
-from ldm_train.data.latent_encoding import Entry
-from ldm_train.data.latents import EXTENSION, MANIFEST, VERSION, LatentSettings
+from ldm_train.data.index_store import relative_names
+from ldm_train.data.latent_encoding import Entry, MomentsEncoder, PictureBatch, entries, in_order
+from ldm_train.data.latent_member import EXTENSION
+from ldm_train.data.latent_records import ShardRecord, SourceShard, ValueRange, digest_of, location_of, write_json
+from ldm_train.data.latents import MANIFEST, VERSION, LatentSettings
+from ldm_train.data.locations import beside, folders_above, is_url, shown
+from ldm_train.data.storage import LOCAL_FILES, Identity, ShardReadError, Storage
 
+OVERWRITING = ".overwriting"
 _COPIED = ("_stats.json", ".parquet")  # what img2dataset writes beside a shard, and stays true of it
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
-@dataclass
-class ValueRange:
-    """Count, extremes and sums of values that come in pieces; sums are in float64."""
+def shard_names(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """The folder that holds all of some shards, a path or a URL without secrets, and their names relative to it.
 
-    count: int = 0
-    low: float = 0.0
-    high: float = 0.0
-    total: float = 0.0
-    squares: float = 0.0
-
-    def add(self, values: Tensor) -> None:
-        """Take values of any shape and floating-point type into account."""
-        flat = values.double()
-        low, high = flat.aminmax()
-        self.merge(ValueRange(flat.numel(), float(low), float(high), float(flat.sum()), float(flat.square().sum())))
-
-    def merge(self, other: "ValueRange") -> None:
-        """Take all that another one has seen into account."""
-        if not self.count or not other.count:
-            self.low, self.high = self.low + other.low, self.high + other.high  # one of them is nothing
-        else:
-            self.low, self.high = min(self.low, other.low), max(self.high, other.high)
-        self.count += other.count
-        self.total += other.total
-        self.squares += other.squares
-
-    def summary(self) -> dict[str, float]:
-        """Extremes, mean and standard deviation; zeros of nothing."""
-        if not self.count:
-            return {"min": 0.0, "max": 0.0, "mean": 0.0, "std": 0.0}
-        mean = self.total / self.count
-        variance = max(0.0, self.squares / self.count - mean**2)
-        return {"min": self.low, "max": self.high, "mean": mean, "std": math.sqrt(variance)}
-
-
-@dataclass
-class ShardRecord:
-    """What became of one source shard.
-
-    Attributes:
-        name: of the shard, relative to the folder that holds all of them.
-        source_size: bytes of the source shard.
-        settings: what the values depend on besides the images.
-        size: bytes of the cached shard.
-        samples: how many it holds, damaged ones included.
-        damaged: key and reason of each sample whose image could not be decoded.
-        left_out: what in the source shard is no sample, a line each.
-        shapes: `<k C>x<h>x<w>` -> number of samples.
-        images: the values that were encoded.
-        moments: the values that were stored.
+    Raises:
+        ValueError: if there is no such folder.
     """
-
-    name: str
-    source_size: int
-    settings: LatentSettings
-    size: int = 0
-    samples: int = 0
-    damaged: list[dict[str, str]] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    shapes: dict[str, int] = field(default_factory=dict)
-    images: ValueRange = field(default_factory=ValueRange)
-    moments: ValueRange = field(default_factory=ValueRange)
-
-    @classmethod
-    def read(cls, path: Path) -> "ShardRecord | None":
-        """The record in a file; `None` if there is none that can be read."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content.pop("version") != VERSION:
-                return None
-            content["settings"] = LatentSettings(**content["settings"])
-            for part in ("images", "moments"):
-                content[part] = ValueRange(**content[part])
-            return cls(**content)
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def write(self, path: Path) -> None:
-        """Write the record, whole or not at all."""
-        with atomic_write(path) as temporary:
-            _write_json(temporary, {"version": VERSION, **asdict(self)})
-
-
-def shard_names(paths: Sequence[str]) -> tuple[Path, list[str]]:
-    """The folder that holds all of some shards, and their names relative to it."""
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    return Path(root), [os.path.relpath(path, root) for path in paths]
+    names = list(relative_names(paths))
+    if strange := [name for name in names if is_url(name) or "?" in name]:
+        raise ValueError(
+            f"no folder holds all shards, such as {shown(strange[0])}; allowed are shards of one disk, host or "
+            "bucket; change --data, and make a cache of each"
+        )
+    depth = names[0].count("/")
+    return shown(folders_above(paths[0])[depth]), names
 
 
 class LatentCacheWriter:
@@ -125,17 +64,28 @@ class LatentCacheWriter:
         paths: all source shards, those of other processes included.
         settings: of this cache.
         description: further facts for the manifest, such as the autoencoder's config.
+        storage: where the source shards lie.
+
+    Attributes:
+        changed: names of the shards that were found to be made of what their source was before it changed.
 
     Raises:
         ValueError: if the folder is that of the source shards, which would be overwritten.
     """
 
     def __init__(
-        self, folder: Path, paths: Sequence[str], settings: LatentSettings, description: dict[str, Any]
+        self,
+        folder: Path,
+        paths: Sequence[str],
+        settings: LatentSettings,
+        description: dict[str, Any],
+        storage: Storage = LOCAL_FILES,
     ) -> None:
         self.folder, self.paths, self.settings, self.description = folder, tuple(paths), settings, description
+        self.storage, self.changed = storage, set[str]()
+        self._digests: dict[tuple[str, Identity], str] = {}
         self.root, self.names = shard_names(paths)
-        if folder.resolve() == self.root.resolve():
+        if not is_url(self.root) and folder.resolve() == Path(self.root).resolve():
             raise ValueError(
                 f"{folder} holds the source shards, which the cache's would replace; allowed is another folder; change "
                 "--output"
@@ -149,47 +99,114 @@ class LatentCacheWriter:
         """The record of a shard that is there as a whole, made from the source as it is now; else `None`.
 
         Raises:
-            ValueError: if the shard was made with other settings, or from another file.
+            ValueError: if the shard was made with other settings, or from the shard of another data set.
         """
         record = ShardRecord.read(self.record_path(name))
         target = self.folder / name
         if record is None or not target.is_file() or target.stat().st_size != record.size:
             return None
-        differences = record.settings.differences(self.settings)
-        if (size := os.path.getsize(path)) != record.source_size:
-            differences.append(f"bytes of {path}: {record.source_size} -> {size}")
-        if differences:
-            raise ValueError(
-                f"{target} was made with {', '.join(differences)}; allowed is one kind of latents in a folder; change "
-                "--output, or add --overwrite to make this one anew"
-            )
-        return record
+        differences, location = record.settings.differences(self.settings), record.source.location
+        if not differences and self._is_of(record, path):
+            return record
+        if not differences and location == location_of(path):
+            self.changed.add(name)
+            return None
+        what = ", ".join(differences) or f"other content from {location} -> {location_of(path)}"
+        raise ValueError(
+            f"{target} was made with {what}; allowed is one kind of latents of one data set in a folder; change "
+            "--output, or add --overwrite to make all shards anew"
+        )
 
-    def forget(self, names: Iterable[str]) -> None:
-        """Remove the records of shards, and the manifest, so that these are made again."""
-        for path in (self.folder / MANIFEST, *map(self.record_path, names)):
-            path.unlink(missing_ok=True)
+    def _is_of(self, record: ShardRecord, path: str) -> bool:
+        """Whether a shard was made of the content that is at a path; of a copy the record then names the place."""
+        source, identity, location = record.source, self.storage.identity(path), location_of(path)
+        if source.location == location and (source.size, source.version) == identity:
+            return True
+        if source.size != identity.size:
+            return False
+        if (location, identity) not in self._digests:
+            self._digests[location, identity] = digest_of(path, self.storage)
+        record.source = SourceShard(location, *identity, self._digests[location, identity])
+        return record.source.digest == source.digest
+
+    def begin_overwriting(self) -> None:
+        """Remove all records, so that every shard is made again, unless another process has done so for this making.
+
+        Raises:
+            ValueError: if the file system has no locks, by which processes agree on it.
+        """
+        making = json.dumps([asdict(self.settings), self.names])
+        with self._alone() as (mark, is_locked):
+            if not is_locked:
+                raise ValueError(
+                    f"the file system of {self.folder} has no locks, so that several tasks cannot agree to begin anew; "
+                    "allowed with --overwrite are file systems with flock; remove the folder, or change --output"
+                )
+            if (self.folder / MANIFEST).is_file() or mark.read_text(encoding="utf-8") != making:
+                for path in (self.folder / MANIFEST, *map(self.record_path, self.names)):
+                    path.unlink(missing_ok=True)
+                mark.write_text(making, encoding="utf-8")
 
     @contextmanager
-    def shard(self, path: str, name: str) -> Iterator["_OpenShard"]:
-        """Yields a shard to be filled; if nothing fails, it is there as a whole afterwards, and its record."""
+    def _alone(self) -> Iterator[tuple[Path, bool]]:
+        """Hold the lock of this cache; yields the file that says whether it is made anew, and if there is a lock."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mark = self.folder / OVERWRITING
+        while True:
+            fd = os.open(mark, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                is_locked = _lock(fd)
+                if not _is_still(fd, mark):  # whoever held it before has removed it
+                    continue
+                try:
+                    yield mark, is_locked
+                finally:
+                    if mark.is_file() and not mark.stat().st_size:
+                        mark.unlink()
+                return
+            finally:
+                os.close(fd)
+
+    @contextmanager
+    def shard(self, path: str, name: str) -> Iterator["OpenShard"]:
+        """Yields a shard to be filled; if nothing fails, it is there as a whole afterwards, and its record.
+
+        Raises:
+            ValueError: if the source changes meanwhile.
+        """
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         for left_over in target.parent.glob(f".{target.name}.*.tmp"):  # of a process that was killed
             left_over.unlink(missing_ok=True)
-        record = ShardRecord(name, os.path.getsize(path), self.settings)
+        for stale in (self.folder / MANIFEST, self.record_path(name)):
+            stale.unlink(missing_ok=True)
+        identity = self.storage.identity(path)
+        record = ShardRecord(name, SourceShard(location_of(path), *identity, ""), self.settings)
         with atomic_write(target) as temporary:
             with temporary.open("wb") as stream:
                 tar = TarWriter(stream, user="", group="", mtime=0, encoder=False)
-                yield _OpenShard(tar, record)
+                yield OpenShard(tar, record)
                 tar.close()
+            record.source = SourceShard.of(path, identity, self.storage)
+            if self.storage.identity(path) != identity:
+                raise ValueError(
+                    f"{shown(path)} changed while it was encoded; allowed are shards that nobody writes; wait until "
+                    "--data is complete, and start the same command again"
+                )
             record.size = temporary.stat().st_size
         for ending in _COPIED:
-            beside = Path(path.removesuffix(".tar") + ending)
-            if beside.is_file():
-                with atomic_write(self.folder / (name.removesuffix(".tar") + ending)) as temporary:
-                    shutil.copyfile(beside, temporary)
+            self._copy_beside(path, name, ending)
         record.write(self.record_path(name))
+
+    def _copy_beside(self, path: str, name: str, ending: str) -> None:
+        target = self.folder / (name.removesuffix(".tar") + ending)
+        try:
+            fd = self.storage.open(beside(path, ending))
+        except (FileNotFoundError, ShardReadError):  # to have none is no fault
+            target.unlink(missing_ok=True)
+            return
+        with os.fdopen(fd, "rb") as source, atomic_write(target) as temporary, temporary.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
 
     def merge(self) -> list[str]:
         """Write the manifest if all shards are there.
@@ -200,11 +217,17 @@ class LatentCacheWriter:
         Raises:
             ValueError: if a shard was made with other settings.
         """
-        found = {name: self.record(path, name) for path, name in zip(self.paths, self.names, strict=True)}
-        missing = [name for name, record in found.items() if record is None]
-        if not missing:
-            with atomic_write(self.folder / MANIFEST) as temporary:
-                _write_json(temporary, self._manifest([record for record in found.values() if record is not None]))
+        with self._alone() as (mark, _):
+            found = [self.record(path, name) for path, name in zip(self.paths, self.names, strict=True)]
+            records = [record for record in found if record is not None]
+            if self._digests:  # copies that were read once need not be read again
+                for record in records:
+                    record.write(self.record_path(record.name))
+            missing = [name for name, record in zip(self.names, found, strict=True) if record is None]
+            if not missing:
+                with atomic_write(self.folder / MANIFEST) as temporary:
+                    write_json(temporary, self._manifest(records))
+                mark.unlink()
         return missing
 
     def _manifest(self, records: Sequence[ShardRecord]) -> dict[str, Any]:
@@ -214,13 +237,15 @@ class LatentCacheWriter:
             moments.merge(record.moments)
             for shape, count in record.shapes.items():
                 shapes[shape] = shapes.get(shape, 0) + count
-        shards = [{"name": r.name, "size": r.source_size, "samples": r.samples} for r in records]
+        shards = [
+            {"name": r.name, "size": r.source.size, "digest": r.source.digest, "samples": r.samples} for r in records
+        ]
         fingerprint = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
         return {
             "version": VERSION,
             "settings": asdict(self.settings),
             **self.description,
-            "source": {"root": str(self.root), "fingerprint": fingerprint, "shards": shards},
+            "source": {"root": self.root, "fingerprint": fingerprint, "shards": shards},
             "samples": sum(record.samples for record in records),
             "damaged": sum(len(record.damaged) for record in records),
             "shapes": shapes,
@@ -230,11 +255,23 @@ class LatentCacheWriter:
         }
 
 
-class _OpenShard:
+class OpenShard:
     """A shard that is being filled, and its record."""
 
     def __init__(self, tar: TarWriter, record: ShardRecord) -> None:
         self._tar, self.record = tar, record
+
+    def fill(self, encoder: MomentsEncoder, batches: Iterable[PictureBatch], first: int) -> None:
+        """Encode and append all samples of the shard, whose first row is `first`."""
+        for entry in in_order(self._encoded(encoder, batches), first):
+            self.add(entry)
+
+    def _encoded(self, encoder: MomentsEncoder, batches: Iterable[PictureBatch]) -> Iterator[tuple[int, Entry]]:
+        for batch in batches:
+            images = batch.images()
+            if images is not None:
+                self.record.images.add(images)
+            yield from zip(batch.rows, entries(encoder, batch.pictures, images), strict=True)
 
     def add(self, entry: Entry) -> None:
         """Append a sample, and enter it into the record."""
@@ -249,5 +286,20 @@ class _OpenShard:
             record.shapes[shape] = record.shapes.get(shape, 0) + 1
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def _lock(fd: int) -> bool:
+    """Wait for the lock of an open file; false where the file system has none."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _is_still(fd: int, path: Path) -> bool:
+    """Whether an open file is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False

@@ -13,59 +13,44 @@ without another cache. A cache has the layout of the shards that it was made of:
 A sample that could not be decoded keeps its place, and its member says why. So a row of the cache is the same row of
 the source: sample ids, order, noise and substitutes of a run are those of a run on the images.
 
-A `.latent` member: a header of 64 bytes, then (V, k C, h, w) little-endian numbers; version 0 is the image as it is,
-version 1 its mirror image. Letters: V versions, C latent channels, k moments per channel, h and w size of the latents.
+What a `.latent` member holds: `ldm_train.data.latent_member`. With aspect buckets each image was encoded in the shape
+of its bucket (`ldm_train.data.buckets`); a run with the same buckets forms the same batches, for the members name the
+sizes of their images. Segmentation maps lie beside the latents as they were, and are cut by the box that is kept.
+
+What equals what: with float32 arithmetic and storage a run on the cache has the losses of a run on the images but for
+rounding, 1e-5 of each at first, which training then amplifies. With `trainer.precision=bf16-mixed` the encoder of a run
+on images computes in bfloat16: a cache of --precision bfloat16 holds the same moments, in --dtype float16 too, which is
+wider; one of --precision float32 holds better ones, and the losses agree to some thousandths only.
+
+Letters: V versions, C latent channels, k moments per channel, h and w size of the latents.
 """
 
 import json
 import os
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm_train.batch import ImageTextBatch, LatentFacts
-from ldm_train.data.crops import Box, Shape, crop_of, margins
+from ldm_train.data.crops import Shape, covering_box, crop_of, margins
 from ldm_train.data.dataset import Draws, ImageOptions, ImageTextDataset, Sample
-from ldm_train.data.index import IMAGE, ShardIndex, build_index
-from ldm_train.data.locations import expand_shards
+from ldm_train.data.index import IMAGE, SEGMENTATION, ShardIndex, build_index
+from ldm_train.data.latent_member import TOOL, Cached, unpack
+from ldm_train.data.locations import expand_shards, folders_above, in_folder, is_url, relative_to, shown
+from ldm_train.data.segmentation import SegmentationMember
+from ldm_train.data.storage import LOCAL_FILES, ShardReadError, Storage
+from ldm_train.data.transforms import cut, resize_classes
 
-EXTENSION = "latent"
 MANIFEST = "manifest.json"
 VERSION = 1
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
-_MAGIC = b"LATENTS\1"
-_HEADER = struct.Struct("<8s4H8I16x")  # magic; dtype, V, k C, unused; h, w, source size, crop box
-_CODES = {name: code for code, name in enumerate(DTYPES, start=1)}
-_NAMES = {code: name for name, code in _CODES.items()}
-_TOOL = "python tools/cache_latents.py --checkpoint AUTOENCODER --data SHARDS --image-size SIZE --output FOLDER"
 # A bicubic resize of bytes ends in bytes: no value lies outside by more than rounding.
 _TOLERANCE = 1e-3
 _COMPARED = 256  # keys that must agree where images and their latents are taken for the same samples
-
-
-class DamagedSampleError(ValueError):
-    """The image of this sample could not be decoded when the cache was made."""
-
-
-class Cached(NamedTuple):
-    """What a `.latent` member holds.
-
-    Attributes:
-        moments: (V, k C, h, w), of the type they are stored in.
-        source_size: height and width of the upright source image in pixels.
-        box: what was cut out of it, in its pixels.
-    """
-
-    moments: Tensor
-    source_size: Shape
-    box: Box
 
 
 @dataclass(frozen=True)
@@ -74,7 +59,7 @@ class LatentSettings:
 
     Attributes:
         encoder: sha256 of the encoder's weights, see `ldm_train.checkpoint.encoder_digest`.
-        image_size: side of the square images in pixels.
+        image_size: side in pixels of the squares, or of the square among the shapes.
         factor: f, by which the encoder makes them smaller.
         latent_channels: C.
         moments_per_channel: k.
@@ -83,6 +68,8 @@ class LatentSettings:
         crop: where squares were cut out of the images.
         flip: whether mirrored images are kept beside the others.
         interpolation: of the resize.
+        shapes: those of the aspect buckets, from the tallest to the widest; None: all images are squares.
+        segmentation: extension of the segmentation maps that are kept beside the latents; None: none are.
     """
 
     encoder: str
@@ -95,11 +82,38 @@ class LatentSettings:
     crop: str = "center"
     flip: bool = False
     interpolation: str = "bicubic"
+    shapes: tuple[Shape, ...] | None = None
+    segmentation: str | None = None
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> "LatentSettings":
+        """Of a JSON object; what is not known is not read.
+
+        Raises:
+            KeyError: if it has no shape where one belongs.
+            TypeError: if something is missing.
+        """
+        known = {field.name for field in fields(cls)}
+        values = {name: value for name, value in content.items() if name in known}
+        if values.get("shapes") is not None:
+            values["shapes"] = tuple(Shape(*shape) for shape in values["shapes"])
+        return cls(**values)
+
+    @property
+    def all_shapes(self) -> tuple[Shape, ...]:
+        """The shapes of the images, a square at least."""
+        return self.shapes or (Shape(self.image_size, self.image_size),)
 
     def differences(self, other: "LatentSettings") -> list[str]:
         """`name: ours -> theirs` of every setting that differs."""
         own, others = asdict(self), asdict(other)
+        own["shapes"], others["shapes"] = (sizes_of(settings.all_shapes) for settings in (self, other))
         return [f"{name}: {value} -> {others[name]}" for name, value in own.items() if others[name] != value]
+
+
+def sizes_of(shapes: Sequence[Shape]) -> str:
+    """Shapes for people, width by height."""
+    return ", ".join(f"{shape.width}x{shape.height}" for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -107,106 +121,95 @@ class Manifest:
     """A cache as a whole.
 
     Attributes:
-        folder: where it lies.
+        folder: where it lies, a path or a URL.
         settings: what its values depend on.
         image_range: least and largest value of the images as they were encoded.
-        source_root: the folder that holds all source shards.
+        source_root: the folder that holds all source shards, a path or a URL.
         shards: name of each shard, relative to the folder -> its bytes.
     """
 
-    folder: Path
+    folder: str
     settings: LatentSettings
     image_range: tuple[float, float]
-    source_root: Path
+    source_root: str
     shards: Mapping[str, int]
 
 
-def pack(moments: Tensor, source_size: Shape, box: Box) -> bytes:
-    """A `.latent` member of moments (V, k C, h, w) on the host; see `Cached` for the rest."""
-    name = str(moments.dtype).removeprefix("torch.")
-    versions, channels, height, width = moments.shape
-    header = _HEADER.pack(_MAGIC, _CODES[name], versions, channels, 0, height, width, *source_size, *box)
-    return header + moments.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def pack_failure(reason: str) -> bytes:
-    """The member of a sample that has no moments, and why."""
-    return _HEADER.pack(_MAGIC, *[0] * 12) + reason.encode()
-
-
-def unpack(data: bytes) -> Cached:
-    """Read a `.latent` member.
-
-    Raises:
-        DamagedSampleError: if it says that there are no moments.
-        ValueError: if it is no such member, or cut.
-    """
-    if len(data) < _HEADER.size or not data.startswith(_MAGIC):
-        raise ValueError(
-            f"{len(data)} bytes that are no cached latents; allowed are `.latent` members; make them by {_TOOL}"
-        )
-    _, code, versions, channels, _, height, width, *place = _HEADER.unpack_from(data)
-    if versions == 0:
-        raise DamagedSampleError(data[_HEADER.size :].decode(errors="replace"))
-    dtype, count = DTYPES[_NAMES[code]], versions * channels * height * width
-    if len(data) != _HEADER.size + count * dtype.itemsize:
-        raise ValueError(f"{len(data)} bytes where {count} numbers of {dtype} belong: the member is cut")
-    values = torch.frombuffer(bytearray(data), dtype=dtype, offset=_HEADER.size)
-    return Cached(values.view(versions, channels, height, width), Shape(*place[:2]), Box(*place[2:]))
-
-
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: str, storage: Storage = LOCAL_FILES, query_of: str = "") -> Manifest:
     """Read a cache's manifest.
 
+    Args:
+        folder: where the cache lies.
+        storage: what opens it.
+        query_of: a URL whose query opens it too.
+
     Raises:
+        FileNotFoundError: if there is none on this disk.
+        ShardReadError: if none can be fetched.
         ValueError: if it is of another version, or damaged.
     """
-    path = folder / MANIFEST
+    with os.fdopen(storage.open(in_folder(folder, MANIFEST, query_of)), "rb") as file:
+        data = file.read()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(data)
         if content["version"] != VERSION:
             raise ValueError(f"it has version {content['version']}, this program reads {VERSION}")
-        known = {field.name for field in fields(LatentSettings)}
-        settings = LatentSettings(**{name: value for name, value in content["settings"].items() if name in known})
         images, shards = content["images"], {shard["name"]: shard["size"] for shard in content["shards"]}
-        return Manifest(folder, settings, (images["min"], images["max"]), Path(content["source"]["root"]), shards)
+        settings, source = LatentSettings.read(content["settings"]), content["source"]["root"]
+        return Manifest(folder, settings, (images["min"], images["max"]), source, shards)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no manifest of cached latents ({error}); allowed is what the tool writes; make the cache anew "
-            f"by {_TOOL} --overwrite, or change `data.shards`"
+            f"{shown(folder)}/{MANIFEST} is no manifest of cached latents ({error}); allowed is what the tool writes; "
+            f"make the cache anew by {TOOL} --overwrite, or change `data.shards`"
         ) from error
 
 
-def manifests_of(paths: Sequence[str]) -> dict[str, Manifest]:
-    """Path -> manifest of its cache, which lies in the shard's folder or the nearest one above it that has one.
+def manifests_of(locations: Sequence[str], storage: Storage = LOCAL_FILES) -> dict[str, Manifest]:
+    """Location of a shard -> manifest of its cache, in the shard's folder or the nearest one above it that has one.
 
     Raises:
-        ValueError: if there is none, or a shard is not as the manifest says.
+        ValueError: if there is none, or it says nothing of the shard.
     """
-    of_folder: dict[Path, Manifest] = {}
+    of_folder: dict[str, Manifest] = {}
     found: dict[str, Manifest] = {}
-    for path in paths:
-        start = Path(os.path.abspath(path)).parent
-        if start not in of_folder:
-            of_folder[start] = read_manifest(_folder_above(start))
-        manifest = found[path] = of_folder[start]
-        name, size = os.path.relpath(path, manifest.folder), os.path.getsize(path)
-        if manifest.shards.get(name) != size:
-            raise ValueError(
-                f"{path} has {size} bytes, its cache's {MANIFEST} says {manifest.shards.get(name, 'nothing of it')}; "
-                "allowed are shards as the tool left them; run it again with --overwrite, or change `data.shards`"
-            )
+    for location in locations:
+        folder = folders_above(location)[0]
+        if folder not in of_folder:
+            of_folder[folder] = _manifest_above(location, storage)
+        manifest = found[location] = of_folder[folder]
+        if relative_to(location, manifest.folder) not in manifest.shards:
+            raise _unlike(location, "is there", "nothing of it")
     return found
 
 
-def _folder_above(start: Path) -> Path:
-    folder = next((folder for folder in (start, *start.parents) if (folder / MANIFEST).is_file()), None)
-    if folder is None:
-        raise ValueError(
-            f"there is no {MANIFEST} in {start}; allowed are the shards of a finished cache; change `data.shards`, "
-            f"finish the cache by the tool's --merge, or make one: {_TOOL}"
-        )
-    return folder
+def check_sizes(indices: Sequence[ShardIndex]) -> None:
+    """Refuse, with ValueError, shards that were changed since their cache was made."""
+    for index in indices:
+        for location, size, manifest in zip(index.paths, index.file_sizes, _manifests(index).values(), strict=True):
+            told = manifest.shards[relative_to(location, manifest.folder)]
+            if told != size:
+                raise _unlike(location, f"has {size} bytes", str(told))
+
+
+def _unlike(location: str, found: str, told: str) -> ValueError:
+    return ValueError(
+        f"{shown(location)} {found}, its cache's {MANIFEST} says {told}; allowed are shards as the tool left them; run "
+        "it again with --overwrite, or change `data.shards`"
+    )
+
+
+def _manifest_above(location: str, storage: Storage) -> Manifest:
+    failures = []
+    for folder in folders_above(location):
+        try:
+            return read_manifest(folder, storage, location)
+        except (FileNotFoundError, NotADirectoryError, ShardReadError) as error:
+            failures.append(f" ({error})" if is_url(location) else "")
+    raise ValueError(
+        f"there is no {MANIFEST} in {shown(folders_above(location)[0])}{failures[0]}; allowed are the shards of a "
+        "finished cache; change `data.shards`, finish the cache by the tool's --merge, copy its manifest beside the "
+        f"shards, or make one: {TOOL}"
+    )
 
 
 class LatentCache:
@@ -220,18 +223,26 @@ class LatentCache:
     def __init__(self, reference_shards: str | Sequence[str] | None = None) -> None:
         self.reference_shards = reference_shards
 
-    def facts(self, paths: Sequence[str], options: ImageOptions) -> LatentFacts:
+    def facts(
+        self,
+        locations: Sequence[str],
+        options: ImageOptions,
+        shapes: Sequence[Shape] | None = None,
+        storage: Storage = LOCAL_FILES,
+    ) -> LatentFacts:
         """What a stage has to know of the cache, or the caches of one kind, that shards belong to.
 
         Args:
-            paths: the shards.
+            locations: the shards.
             options: how the run wants its images.
+            shapes: those of the run's aspect buckets; None: it wants squares.
+            storage: where the shards lie.
 
         Raises:
             ValueError: if a cache was not made like that, or of images that were not in [-1, 1], or if two differ.
         """
-        caches = {manifest.folder: manifest for manifest in manifests_of(paths).values()}
-        first, *others = [self._facts(manifest, options) for manifest in caches.values()]
+        caches = {manifest.folder: manifest for manifest in manifests_of(locations, storage).values()}
+        first, *others = [self._facts(manifest, options, shapes) for manifest in caches.values()]
         for other in others:
             if other[1:] != first[1:]:
                 raise ValueError(
@@ -240,66 +251,92 @@ class LatentCache:
                 )
         return first
 
-    def _facts(self, manifest: Manifest, options: ImageOptions) -> LatentFacts:
+    def _facts(self, manifest: Manifest, options: ImageOptions, shapes: Sequence[Shape] | None) -> LatentFacts:
         settings, (low, high) = manifest.settings, manifest.image_range
         if low < -1.0 - _TOLERANCE or high > 1.0 + _TOLERANCE:
             raise ValueError(
-                f"the images of {manifest.folder} had values from {low:g} to {high:g} when they were encoded; allowed "
-                f"is [-1, 1], which the autoencoder was trained on; make the cache anew: {_TOOL} --overwrite"
+                f"the images of {shown(manifest.folder)} had values from {low:g} to {high:g} when they were encoded; "
+                f"allowed is [-1, 1], which the autoencoder was trained on; make the cache anew: {TOOL} --overwrite"
             )
-        _check(options.segmentation is None, "segmentation", "a source of maps", "null: latents have no pixels")
+        if options.segmentation is not None:
+            maps, found = options.segmentation, f"a {type(options.segmentation).__name__}"
+            is_member = isinstance(maps, SegmentationMember)
+            _check(is_member, "segmentation", found, "null, or maps that are members: latents have no pixels")
+            extension, kept = maps.extension if isinstance(maps, SegmentationMember) else None, settings.segmentation
+            _check(extension == kept, "segmentation.extension", extension, kept or "none: made without --segmentation")
         _check(options.image_size == settings.image_size, "image_size", options.image_size, settings.image_size)
         crop = crop_of(options.crop)
         _check(type(crop) is type(crop_of(settings.crop)), "crop", type(crop).__name__, settings.crop)
         _check(settings.flip or not options.flip, "flip", options.flip, "false: the cache was made without --flip")
         interpolation = options.interpolation
         _check(interpolation == settings.interpolation, "interpolation", interpolation, settings.interpolation)
+        _check(options.reducing_gap is None, "reducing_gap", options.reducing_gap, "null: all pixels were encoded")
+        sizes = sizes_of(shapes or [Shape(options.image_size, options.image_size)])
+        wanted = f"{'null' if shapes is None else 'set'}, which asks for the shapes {sizes},"
+        _check(sizes == sizes_of(settings.all_shapes), "buckets", wanted, sizes_of(settings.all_shapes))
         return LatentFacts(
-            str(manifest.folder),
+            shown(manifest.folder),
             settings.encoder,
             settings.factor,
             settings.latent_channels,
             settings.moments_per_channel,
         )
 
-    def images_of(self, cached: ShardIndex, required: Sequence[int]) -> ShardIndex:
+    def images_of(
+        self,
+        cached: ShardIndex,
+        required: Sequence[int],
+        segmentation: str | None = None,
+        list_remote: Callable[[str], list[str]] | None = None,
+    ) -> ShardIndex:
         """The images of the rows of a cache.
 
         Args:
             cached: the rows.
             required: the kinds of members without which a sample is incomplete, as in the cache.
+            segmentation: the extension of segmentation maps, as in the cache.
+            list_remote: the URLs that a glob matches.
 
         Raises:
             FileNotFoundError: see `reference_paths`.
             ValueError: if they are not the same samples.
         """
-        return image_rows(cached, build_index(self.reference_paths(cached.paths), required))
+        paths = self.reference_paths(cached, list_remote)
+        return image_rows(cached, build_index(paths, required, segmentation, storage=cached.storage))
 
-    def reference_paths(self, paths: Sequence[str]) -> tuple[str, ...]:
+    def reference_paths(
+        self, cached: ShardIndex, list_remote: Callable[[str], list[str]] | None = None
+    ) -> tuple[str, ...]:
         """The shards with the images that cached ones were made of, in the same order.
 
         Raises:
             FileNotFoundError: if they are not there any more, and no others are named.
         """
         if self.reference_shards is not None:
-            return expand_shards(self.reference_shards, "data.latents.reference_shards")
-        manifests = manifests_of(paths)
-        sources = [str(m.source_root / os.path.relpath(path, m.folder)) for path, m in manifests.items()]
-        missing = [path for path in sources if not os.path.isfile(path)]
+            return expand_shards(self.reference_shards, "data.latents.reference_shards", list_remote)
+        sources = tuple(
+            in_folder(manifest.source_root, relative_to(path, manifest.folder))
+            for path, manifest in _manifests(cached).items()
+        )
+        missing = [path for path in sources if not is_url(path) and not os.path.isfile(path)]
         if missing:
             raise FileNotFoundError(
                 f"real images are asked for, and {missing[0]}, which the cache was made of, "
                 "is not there; allowed are the same shards elsewhere; set `data.latents.reference_shards` to them, or "
                 "do without by `callbacks.samples=null`"
             )
-        return tuple(sources)
+        return sources
+
+
+def _manifests(index: ShardIndex) -> dict[str, Manifest]:
+    return manifests_of(index.paths, index.storage)
 
 
 def _check(is_allowed: bool, key: str, found: object, allowed: object) -> None:
     if not is_allowed:
         raise ValueError(
             f"`data.{key}` is {found} with cached latents; allowed is {allowed}, as the cache was made; change "
-            f"`data.{key}`, or make another cache: {_TOOL}"
+            f"`data.{key}`, or make another cache: {TOOL}"
         )
 
 
@@ -336,8 +373,22 @@ class LatentTextDataset(ImageTextDataset):
 
     def _make(self, row: int, draws: Draws, shape: Shape) -> Sample:
         cached = unpack(self.index.read(self.reader, row, IMAGE))
+        if cached.box != covering_box(cached.source_size, shape):
+            raise ValueError(
+                f"latents of {cached.box}, cut out of {cached.source_size}, where {shape} is wanted; allowed is the "
+                "shape of the bucket that the image is in; keep the .parquet beside each shard of the cache, or make "
+                f"it anew: {TOOL} --buckets STEP"
+            )
         cut_off = margins(cached.source_size, cached.box, shape)
-        return Sample(cached.moments, *self._texts(row), None, cached.source_size, cut_off)
+        return Sample(cached.moments, *self._texts(row), self._classes(row, cached, shape), cached.source_size, cut_off)
+
+    def _classes(self, row: int, cached: Cached, shape: Shape) -> Tensor | None:
+        """The map as it was before, cut and resized like the image."""
+        source = self.options.segmentation
+        if not isinstance(source, SegmentationMember):
+            return None
+        classes = source.decode(self.index.read(self.reader, row, SEGMENTATION), *cached.source_size)
+        return resize_classes(cut(classes, cached.box), shape)
 
     def _put(self, batch: ImageTextBatch, samples: Sequence[Sample], mirrorings: Sequence[bool]) -> None:
         pairs = zip(samples, mirrorings, strict=True)

@@ -46,6 +46,32 @@ def beside(location: str, ending: str) -> str:
     return path.removesuffix(".tar") + ending + mark + query
 
 
+def folders_above(location: str) -> list[str]:
+    """The folders that a file lies in, the innermost first: absolute paths, or of a URL up to its host or bucket."""
+    if not is_url(location):
+        folder = os.path.dirname(os.path.abspath(location))
+        found = [folder]
+        while (folder := os.path.dirname(found[-1])) != found[-1]:
+            found.append(folder)
+        return found
+    scheme, _, path = location.partition("?")[0].partition("://")
+    parts = path.split("/")[:-1]
+    return [f"{scheme}://{'/'.join(parts[:count])}" for count in range(len(parts), 0, -1)]
+
+
+def in_folder(folder: str, name: str, query_of: str = "") -> str:
+    """The location of a file in a folder; of a URL with the query, often a signature, of another one."""
+    query = query_of.partition("?")[1:] if is_url(folder) and is_url(query_of) else ()
+    return folder.rstrip("/") + "/" + name + "".join(query)
+
+
+def relative_to(location: str, folder: str) -> str:
+    """The name of a file relative to a folder that it lies in."""
+    if is_url(location):
+        return location.partition("?")[0].removeprefix(folder.rstrip("/") + "/")
+    return os.path.relpath(location, folder)
+
+
 def expand_shards(
     shards: str | Sequence[str], key: str = "data.shards", list_remote: Callable[[str], list[str]] | None = None
 ) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 A sample is the members of a shard that share a name up to the first dot. Members are told apart by their extension and
 kept as places: byte offset and size. Width and height, where they are asked for, are those of the upright image as it
-is decoded; they are read from the image files' headers, one short read each (the whole file for WebP). Where
-img2dataset's parquet has them for every sample, and agrees with some headers, it saves these reads.
+is decoded; they are read from the image files' headers, one short read each (the whole file for WebP); cached latents
+name those of their source. Where img2dataset's parquet has them for every sample, and agrees with some headers, it
+saves these reads.
 """
 
 import io
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ldm_train.data.latent_member import EXTENSION, HEADER_SIZE, source_size
 from ldm_train.data.locations import beside
 from ldm_train.data.parquet import MetadataTable, read_table
 from ldm_train.data.shards import Member, scan_shard
@@ -26,7 +28,7 @@ from ldm_train.data.storage import ShardReadError, Storage
 IMAGE, CAPTION, METADATA, SEGMENTATION = 0, 1, 2, 3
 KINDS = ("image", "caption (.txt)", "metadata (.json)", "segmentation map")
 UNKNOWN = -1
-_IMAGES = ("jpg", "jpeg", "png", "webp", "latent")  # the last: an image encoded, see `ldm_train.data.latents`
+_IMAGES = ("jpg", "jpeg", "png", "webp", EXTENSION)  # the last: an image encoded, see `ldm_train.data.latents`
 _KIND_OF_EXTENSION = dict.fromkeys(_IMAGES, IMAGE) | {"txt": CAPTION, "json": METADATA}
 _ABSENT = (0, -1)
 _LARGEST = {IMAGE: 1 << 30, CAPTION: 1 << 20, METADATA: 1 << 24, SEGMENTATION: 1 << 30}  # bytes that a worker will read
@@ -211,9 +213,11 @@ class _Part(io.RawIOBase):
 
 
 def _upright_size(fd: int, offset: int, size: int) -> tuple[int, int]:
-    """Width and height of an image file as it is decoded; (-1, -1) if its header cannot be read."""
+    """Width and height of an image file as it is decoded, or was; (-1, -1) if its header cannot be read."""
     with suppress(*_DAMAGE):
         file = io.BufferedReader(_Part(fd, offset, size), _HEADER)
+        if (cached := source_size(file.peek(HEADER_SIZE))) is not None:
+            return (cached.width, cached.height) if all(cached) else (UNKNOWN, UNKNOWN)
         with Image.open(file, formats=_FORMATS) as image:
             lies = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) >= 5
             return (image.height, image.width) if lies else image.size

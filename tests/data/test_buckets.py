@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm_train.data.buckets import AspectBuckets, ShapeOfRow, assign, bucket_shapes
+from ldm_train.data.buckets import AspectBuckets, ShapeOfRow, assign, bucket_shapes, next_alike
 
 arguments = st.tuples(st.integers(1, 24), st.sampled_from([1, 8, 32, 64]), st.floats(1, 5))
 
@@ -75,3 +75,13 @@ def test_images_of_unknown_size_are_refused(monkeypatch):
 def test_impossible_buckets_are_refused(size, step, ratio, message):
     with pytest.raises(ValueError, match=message):
         bucket_shapes(size, step, ratio)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.data())
+def test_the_next_row_of_a_shape_is_the_first_one_around_the_end(buckets, data):
+    shapes = bucket_shapes(64, 8)[:4]
+    shape_of, rows = ShapeOfRow(shapes, np.array(buckets, dtype=np.uint8)), st.integers(0, len(buckets) - 1)
+    row, start = data.draw(rows), data.draw(rows)
+    around = [*range(start, len(buckets)), *range(start)]
+    expected = next(candidate for candidate in around if buckets[candidate] == buckets[row])
+    assert next_alike(shape_of, row, start, len(buckets)) == expected

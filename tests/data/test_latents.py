@@ -7,11 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm_train.data import AspectBuckets, ImageTextDataModule, LatentCache
+from ldm_train.data import AspectBuckets, ColourRegions, ImageTextDataModule, LatentCache, SegmentationMember
 from ldm_train.data.index import IMAGE, build_index
-from ldm_train.data.latent_encoding import MomentsEncoder, SourceImages, entries
-from ldm_train.data.latent_writing import LatentCacheWriter, ValueRange
-from ldm_train.data.latents import DTYPES, DamagedSampleError, LatentSettings, pack, pack_failure, unpack
+from ldm_train.data.latent_encoding import MomentsEncoder, SourceImages
+from ldm_train.data.latent_member import DTYPES, DamagedSampleError, pack, pack_failure, unpack
+from ldm_train.data.latent_records import ValueRange
+from ldm_train.data.latent_writing import LatentCacheWriter
+from ldm_train.data.latents import LatentSettings
+from ldm_train.data.storage import LOCAL_FILES
 from ldm_train.data.transforms import to_signed_unit
 from tests.data.conftest import sample, write_tar
 from tests.stages.toy import autoencoder
@@ -19,22 +22,17 @@ from tests.stages.toy import autoencoder
 SETTINGS = LatentSettings("0" * 64, 8, 2, 4, 2, "float32")
 
 
-def cached(source_paths, folder, batch_size=2, **changes):
+def cached(source_paths, folder, storage=LOCAL_FILES, **changes):
     """A cache of shards, made by the parts that the tool is made of."""
     settings_ = dataclasses.replace(SETTINGS, **changes)
-    writer = LatentCacheWriter(folder, source_paths, settings_, {})
+    writer = LatentCacheWriter(folder, source_paths, settings_, {}, storage)
     encoder, sources = (
         MomentsEncoder(autoencoder().eval(), settings_),
-        SourceImages(source_paths, settings_, 2, 1 << 20),
+        SourceImages(source_paths, settings_, 2, 1 << 20, storage),
     )
     for number, (path, name) in enumerate(zip(source_paths, writer.names, strict=True)):
         with writer.shard(path, name) as shard:
-            for batch in (batch for batch in sources if batch.shard == number):
-                images = batch.images()
-                if images is not None:
-                    shard.record.images.add(images)
-                for entry in entries(encoder, batch.pictures, images):
-                    shard.add(entry)
+            shard.fill(encoder, [batch for batch in sources if batch.shard == number], sources.index.starts[number])
     assert writer.merge() == []
     return str(folder / "*.tar")
 
@@ -177,8 +175,17 @@ def modules_again(module, latents=None):
         ({"image_size": 16}, "`data.image_size` is 16 with cached latents; allowed is 8"),
         ({"crop": "random"}, "`data.crop` is RandomCrop"),
         ({"flip": True}, "`data.flip` is True.*without --flip"),
-        ({"buckets": AspectBuckets(2), "bucket_unit": 4}, "`data.buckets` is 'set'; it must be null"),
+        (
+            {"buckets": AspectBuckets(2), "bucket_unit": 4},
+            "`data.buckets` is set, which asks for the shapes 6x10, 8x8, 10x6, with cached latents; allowed is 8x8",
+        ),
+        ({"segmentation": ColourRegions()}, "`data.segmentation` is a ColourRegions .*no pixels"),
+        (
+            {"segmentation": SegmentationMember(3)},
+            "`data.segmentation.extension` is seg.png with .*without --segmentation",
+        ),
         ({"interpolation": "bilinear"}, "`data.interpolation` is bilinear"),
+        ({"reducing_gap": 1.0}, "`data.reducing_gap` is 1.0"),
     ],
 )
 def test_a_run_that_wants_other_images_is_refused(source, tmp_path, options, message):

@@ -1,6 +1,6 @@
 import pytest
 
-from ldm_train.data.locations import expand_shards, is_url, shown
+from ldm_train.data.locations import expand_shards, folders_above, in_folder, is_url, relative_to, shown
 
 
 def test_urls_with_braces_become_one_location_each():
@@ -38,3 +38,13 @@ def test_shown_leaves_secrets_out():
     assert shown("see https://me:pw@host/a.tar?sig=S, s3://b/a.tar") == "see https://host/a.tar?... s3://b/a.tar"
     assert is_url("s3://b/a")
     assert not is_url("/data/a:b.tar")
+
+
+def test_folders_and_files_of_paths_and_urls():
+    assert folders_above("/a/b/0.tar") == ["/a/b", "/a", "/"]
+    assert folders_above("s3://bucket/a/0.tar") == ["s3://bucket/a", "s3://bucket"]
+    assert folders_above("https://host/a/0.tar?key=a/b") == ["https://host/a", "https://host"]
+    for location in ("/a/b/0.tar", "/0.tar", "s3://bucket/a/0.tar", "https://host/a/0.tar?key=a/b"):
+        for folder in folders_above(location):
+            assert in_folder(folder, relative_to(location, folder), location) == location
+    assert in_folder("https://host", "m.json") == "https://host/m.json"

@@ -1,0 +1,170 @@
+"""What `tools/cache_latents.py` makes again: what changed, and everything with --overwrite, by any number of tasks."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cache_latents
+import pytest
+
+from ldm_train.data import latent_records, latent_writing
+from tests.tools.test_cache_latents import arguments, run, same_files, source
+
+__all__ = ["source"]
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+
+
+def said(capsys):
+    return " ".join(capsys.readouterr().err.split())
+
+
+def change(path, old=b"caption", new=b"Caption"):
+    """Change the captions of a shard, and not its size."""
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new))
+
+
+def test_a_shard_that_changed_is_made_again_though_its_size_is_the_same(source, tmp_path, capsys):
+    out, changed = tmp_path / "out", tmp_path / "shards" / "00002.tar"
+    assert run(source, out) == 0
+    before, manifest = times(out), json.loads((out / "manifest.json").read_text())
+    change(changed)
+    assert run(source, out) == 0
+    assert "therefore made again: 00002.tar" in said(capsys)
+    assert [name for name, time in times(out).items() if time != before[name]] == ["00002.tar"]
+    assert b"Caption 9" in (out / "00002.tar").read_bytes()
+    assert run(source, tmp_path / "fresh") == 0
+    assert same_files(out, tmp_path / "fresh")
+    fingerprint = json.loads((out / "manifest.json").read_text())["source"]["fingerprint"]
+    assert fingerprint != manifest["source"]["fingerprint"]
+
+
+def test_a_shard_that_changed_belongs_to_one_task_and_no_manifest_tells_of_it_until_it_is_made(source, tmp_path):
+    out = tmp_path / "out"
+    assert run(source, out) == 0
+    change(tmp_path / "shards" / "00000.tar")
+    change(tmp_path / "shards" / "00001.tar")
+    assert run(source, out, "--task-index", 1, "--num-tasks", 2) == 0
+    assert not (out / "manifest.json").exists()
+    assert run(source, out, "--merge") == 1
+    assert run(source, out, "--task-index", 0, "--num-tasks", 2) == 0
+    assert (out / "manifest.json").exists()
+
+
+def test_a_mere_copy_is_known_by_its_content_and_read_once(source, tmp_path, monkeypatch):
+    out, copies = tmp_path / "out", tmp_path / "copies"
+    assert run(source, out) == 0
+    before = times(out)
+    for path in (tmp_path / "shards").iterdir():
+        os.utime(path, ns=(1, 1))
+    monkeypatch.setattr(cache_latents, "encode_shards", None)
+    assert run(source, out) == 0
+    shutil.copytree(tmp_path / "shards", copies)
+    assert run(copies / "*.tar", out) == 0
+    for module in (latent_records, latent_writing):
+        monkeypatch.setattr(module, "digest_of", None)
+    assert run(copies / "*.tar", out) == 0
+    assert times(out) == before
+    assert json.loads((out / "manifest.json").read_text())["source"]["root"] == str(copies)
+
+
+def test_another_data_set_does_not_replace_a_cache(source, tmp_path, capsys):
+    assert run(source, tmp_path / "out") == 0
+    before = times(tmp_path / "out")
+    shutil.copytree(tmp_path / "shards", tmp_path / "others")
+    change(tmp_path / "others" / "00001.tar")
+    assert run(tmp_path / "others" / "*.tar", tmp_path / "out") == 2
+    assert "other content from" in said(capsys)
+    assert times(tmp_path / "out") == before
+    assert run(tmp_path / "others" / "*.tar", tmp_path / "out", "--overwrite") == 0
+
+
+def test_a_shard_that_changes_while_it_is_encoded_is_refused(source, tmp_path, capsys, monkeypatch):
+    def fill(shard, *_):
+        change(tmp_path / "shards" / shard.record.name)
+        os.utime(tmp_path / "shards" / shard.record.name, ns=(1, 1))
+
+    with monkeypatch.context() as changing:
+        changing.setattr(latent_writing.OpenShard, "fill", fill)
+        assert run(source, tmp_path / "out") == 2
+    assert "00000.tar changed while it was encoded; allowed are shards that nobody writes" in said(capsys)
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_tasks_make_a_cache_anew_in_any_order(source, tmp_path, order):
+    out = tmp_path / "out"
+    assert run(source, out) == 0
+    for index in order:
+        again = ("--dtype", "float32", "--overwrite", "--task-index", index, "--num-tasks", 3)
+        assert run(source, out, *again) == 0
+        assert (out / "manifest.json").exists() == (index == order[-1])
+    assert run(source, tmp_path / "fresh", "--dtype", "float32") == 0
+    assert same_files(out, tmp_path / "fresh")
+
+
+def test_nothing_old_is_left_though_the_settings_are_the_same(source, tmp_path):
+    """A shard of the old making would be taken for one of the new, if its record were still there."""
+    out = tmp_path / "out"
+    assert run(source, out) == 0
+    before = times(out)
+    assert run(source, out, "--overwrite", "--task-index", 0, "--num-tasks", 2) == 0
+    assert run(source, out, "--merge") == 1
+    assert run(source, out, "--task-index", 1, "--num-tasks", 2) == 0  # without --overwrite it goes on all the same
+    assert (out / "manifest.json").exists()
+    assert all(time != before[name] for name, time in times(out).items())
+
+
+def test_a_task_that_is_started_again_goes_on_and_one_without_shards_begins_nothing(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert run(source, out) == 0
+    tasks = [("--overwrite", "--task-index", index, "--num-tasks", 6) for index in range(6)]
+    for index in (0, 1, 2):
+        assert run(source, out, *tasks[index]) == 0
+    with monkeypatch.context() as broken:
+        broken.setattr(cache_latents, "encode_shards", None)
+        assert run(source, out, *tasks[1]) == 0
+        assert run(source, out, *tasks[5]) == 0
+    assert run(source, out, *tasks[3]) == 0
+    assert (out / "manifest.json").exists()
+    before = times(out)
+    assert run(source, out, *tasks[5]) == 0
+    assert (out / "manifest.json").exists()
+    assert run(source, out, "--overwrite") == 0
+    assert all(time != before[name] for name, time in times(out).items())
+    assert not (out / latent_writing.OVERWRITING).exists()
+
+
+def test_without_locks_a_cache_is_made_but_not_anew(source, tmp_path, capsys, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(latent_writing.fcntl, "flock", flock)
+    assert run(source, tmp_path / "out") == 0
+    assert run(source, tmp_path / "out", "--overwrite") == 2
+    assert "has no locks" in said(capsys)
+    assert (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_tasks_that_run_at_once_make_a_cache_anew(source, tmp_path):
+    out, root = tmp_path / "out", Path(__file__).parents[2]
+    assert run(source, out) == 0
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    again = ("--dtype", "float32", "--overwrite", "--num-tasks", 4, "--task-index")
+    commands = [[sys.executable, "tools/cache_latents.py", *arguments(source, out, *again, i)] for i in range(4)]
+    tasks = [
+        subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
+    told = [task.communicate(timeout=240)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0] * 4, told
+    assert run(source, tmp_path / "fresh", "--dtype", "float32") == 0
+    assert same_files(out, tmp_path / "fresh")
