@@ -12,6 +12,10 @@ without it, alpha is the rank and the scale 1. Readers that do not know this hea
 adapters of scales other than 1 from kohya's layout alone. Peft's folders have the same settings in
 `adapter_config.json`; with `use_rslora` the divisor is sqrt(r) (Kalajdzievski 2023).
 
+Diffusers 0.42 reads kohya's files with two faults. It drops magnitudes, and says so; and where the numbers `.alpha` of
+a file differ (`network_alphas`), it takes the most frequent one for all attentions of the U-Net and for the whole text
+encoder. Its own layout has neither fault.
+
 Diffusers' names have had three ages, all of which are understood: `attn1.processor.to_q_lora.down.weight`,
 `attn1.to_q.lora.down.weight` and now peft's.
 """
@@ -203,17 +207,15 @@ def encode_kohya(adapters: Mapping[str, LowRank], names: Mapping[str, str]) -> d
 
 
 def encode_diffusers(adapters: Mapping[str, LowRank], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors of diffusers' layout, whose scales are in `peft_settings`.
-
-    Raises:
-        ValueError: if some adapters of a part have a magnitude and others none, which peft cannot say.
-    """
+    """Tensors of diffusers' layout, whose scales are in `peft_settings`."""
     tensors: dict[str, Tensor] = {}
     for key, adapter in adapters.items():
         tensors |= _factors(DIFFUSERS, names[key], adapter)
         if adapter.magnitude is not None:
             shape = (-1,) if adapter.up.ndim == 2 else (1, -1, *(1,) * (adapter.up.ndim - 2))
-            tensors[names[key] + DIFFUSERS.magnitude[0]] = adapter.magnitude.view(shape)
+            # Transformers 5 finds a text encoder's magnitude by the longer name alone, and peft by either.
+            end = DIFFUSERS.magnitude[key.startswith(TEXT_ENCODER)]
+            tensors[names[key] + end] = adapter.magnitude.view(shape)
     return tensors
 
 
@@ -259,10 +261,15 @@ def _settings_of(part: Mapping[str, LowRank], prefix: str) -> dict[str, Any]:
     }
 
 
+def network_alphas(adapters: Mapping[str, LowRank]) -> set[float]:
+    """The different numbers that kohya's layout has for the adapters' scales; diffusers wants one alone."""
+    return {round(adapter.alpha * adapter.rank, 6) for adapter in adapters.values()}
+
+
 def kohya_header(adapters: Mapping[str, LowRank], metadata: AdapterMetadata) -> dict[str, str]:
     """What kohya's scripts and the interfaces that read its files show and look for."""
     ranks = {adapter.rank for adapter in adapters.values()}
-    alphas = {adapter.alpha * adapter.rank for adapter in adapters.values()}
+    alphas = network_alphas(adapters)
     header = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
