@@ -273,7 +273,7 @@ def _recognised(modules: Parts, layout: Layout, header: Header) -> AdapterBase:
         return PUBLISHED[fitting[0]]
     if fitting:
         raise ValueError(
-            f"its {len(modules)} layers fit {' and '.join(fitting)} alike, and it does not say which; allowed is one "
+            f"its {len(modules)} layers fit {', '.join(fitting[:-1])} and {fitting[-1]} alike, and it does not say which; allowed is one "
             f"model; name it: --unet {fitting[0]}"
         )
     closest = min(misfits, key=lambda option: len(misfits[option]))
