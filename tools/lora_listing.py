@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ldm_train.interchange import AdapterFile
 from ldm_train.nn.low_rank import LowRank
@@ -50,7 +50,7 @@ def description(file: AdapterFile, path: Path) -> dict[str, Any]:
 
 def print_description(content: Mapping[str, Any], console: Console) -> None:
     """As a table of the layers, and a line for all else."""
-    table = Table("layer", "weight", "rank", "scale", "norm", "largest singular values")
+    table = Table(Column("layer", overflow="fold"), "weight", "rank", "scale", "norm", "largest singular values")
     for layer in content["layers"]:
         values = ", ".join(f"{value:.3g}" for value in layer["singular_values"][:4])
         rank = f"{layer['rank']} (DoRA)" if layer["dora"] else str(layer["rank"])

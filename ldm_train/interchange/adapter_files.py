@@ -272,9 +272,10 @@ def _recognised(modules: Parts, layout: Layout, header: Header) -> AdapterBase:
     if len(fitting) == 1:
         return PUBLISHED[fitting[0]]
     if fitting:
+        several = f"{', '.join(fitting[:-1])} and {fitting[-1]}"
         raise ValueError(
-            f"its {len(modules)} layers fit {', '.join(fitting[:-1])} and {fitting[-1]} alike, and it does not say which; allowed is one "
-            f"model; name it: --unet {fitting[0]}"
+            f"its {len(modules)} layers fit {several} alike, and it does not say which; allowed is one model; name it: "
+            f"--unet {fitting[0]}"
         )
     closest = min(misfits, key=lambda option: len(misfits[option]))
     raise ValueError(

