@@ -89,6 +89,7 @@ def test_every_kind_of_command_is_found():
         "fetch_weights.py",
         "index_shards.py",
         "inspect_shards.py",
+        "lora.py",
         "make_shards.py",
         "plot_schedule.py",
         "sample.py",
