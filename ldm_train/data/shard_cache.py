@@ -202,6 +202,8 @@ class ShardCache:
                 f"{shown(location)} has {size} bytes and does not fit into the cache of {self.max_bytes}. The cache "
                 "must hold at least every shard that is read at a time: raise `data.cache_bytes`."
             )
+        for left in self.directory.glob(f"{part.name.partition('.')[0]}.*.part"):
+            left.unlink(missing_ok=True)  # of a process that died: it would count as claimed, for this one has its lock
         while True:
             with self._locked("cache"):
                 if self._has_room(size):
@@ -302,4 +304,5 @@ class ShardCache:
 
     def _count(self, what: int, amount: int) -> None:
         info = get_worker_info()
-        self._counts[0 if info is None else info.id + 1, what] += amount
+        with self._locked("counts"):  # processes that index, and threads, share a row
+            self._counts[0 if info is None else info.id + 1, what] += amount
