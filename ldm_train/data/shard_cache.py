@@ -114,7 +114,16 @@ class ShardCache:
         return fd
 
     def _make_directory(self) -> None:
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            is_writable = os.access(self.directory, os.W_OK | os.X_OK)
+        except OSError:
+            is_writable = False
+        if not is_writable:
+            raise ShardReadError(
+                f"the cache directory {self.directory} cannot be written. Allowed is a directory that this user can "
+                "write, best on a disk of the node: change `data.cache_dir`."
+            )
         if self.directory.stat().st_uid != os.getuid():
             raise ShardReadError(
                 f"the cache directory {self.directory} belongs to another user, who could change the shards in it. "
