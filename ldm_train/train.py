@@ -15,11 +15,12 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.callbacks import RunRecord, finish_wandb
 from ldm_train.checkpoint import UNTRAINED, load_weights, read_checkpoint
-from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain
+from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain, secrets_in_clear
 from ldm_train.data import ShardReadError
 
 _log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def train(cfg: DictConfig) -> float | None:
     _make_checkpoints_absolute(cfg)
     _refuse_sweep_of_subprocesses(cfg)
     _refuse_half_weights(cfg)
+    _warn_of_secrets(cfg)
     _hush_lightning()
     _keep_heap()
     run_dir = Path(cfg.paths.run_dir)
@@ -230,6 +232,15 @@ def _refuse_sweep_of_subprocesses(cfg: DictConfig) -> None:
             f"a multirun with trainer.devices={devices}: each process that Lightning starts would run the whole sweep; "
             "allowed are trainer.devices=1, `torchrun --nproc-per-node N -m ldm_train ...` without -m, or a sweep "
             "submitted to SLURM; change `trainer.devices`"
+        )
+
+
+def _warn_of_secrets(cfg: DictConfig) -> None:
+    if keys := secrets_in_clear(cfg):
+        rank_zero_warn(
+            f"a secret stands in clear in {', '.join(f'`{key}`' for key in keys)}, and Hydra keeps it in "
+            f"{cfg.paths.run_dir}/.hydra. Allowed is an environment variable in its place: change it to "
+            "`${oc.env:NAME}`."
         )
 
 

@@ -19,7 +19,7 @@ from ldm_train.data.buckets import AspectBuckets, ShapeOfRow, assign
 from ldm_train.data.crops import Shape
 from ldm_train.data.filters import Filter
 from ldm_train.data.index import Damage, ShardIndex, build_index
-from ldm_train.data.locations import expand_shards
+from ldm_train.data.locations import expand_shards, shown
 from ldm_train.data.mixed_order import MixedOrder
 from ldm_train.data.order import Order, ShuffledOrder
 from ldm_train.data.shard_cache import ShardCache
@@ -264,4 +264,4 @@ class Corpus:
 def check(is_allowed: bool, key: str, found: object, rule: str) -> None:
     """Refuse, with ValueError, a value of a key of `data`."""
     if not is_allowed:
-        raise ValueError(f"`data.{key}` is {found!r}; it must be {rule}.")
+        raise ValueError(f"`data.{key}` is {shown(repr(found))}; it must be {rule}.")

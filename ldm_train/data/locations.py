@@ -85,6 +85,17 @@ def secrets_of(url: str) -> list[str]:
     return sorted({text for text in found if len(text) > _SHORT}, key=len, reverse=True)
 
 
+def holds_secret(text: str) -> bool:
+    """Whether a text has a URL with a password or a signature in it."""
+    for url in re.findall(r"\w://[^\s'\"]+", text):
+        authority, _, query = url.partition("://")[2].partition("?")
+        user, _, _ = authority.partition("/")[0].rpartition("@")
+        pairs = [part.partition("=") for part in re.split("[&;]", query)]
+        if user.partition(":")[2] or any(value and _SIGNING.fullmatch(name.lower()) for name, _, value in pairs):
+            return True
+    return False
+
+
 def beside(location: str, ending: str) -> str:
     """The location of a file that stands beside a shard and is named after it: `.tar` gives way to the ending."""
     path, mark, query = location.partition("?") if is_url(location) else (location, "", "")
