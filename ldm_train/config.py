@@ -9,6 +9,7 @@ import difflib
 import inspect
 import operator
 import os
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,12 +26,16 @@ from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError
 
 from ldm_train.checkpoint import load_weights, read_checkpoint
+from ldm_train.data.locations import holds_secret, shown
 
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 _TASKS = ("fit", "validate")
+_OPTIONS = "storage_options"
+_SECRET_OPTION = re.compile("key|secret|token|passw|auth|credential|account|connection", re.IGNORECASE)
+_INTERPOLATION = re.compile(r"\$\{[^{}]*\}")
 _PLAIN_TYPES = (str, int, float, bool)
 _PARENTS_ARGUMENTS = {"trainer": {"callbacks", "logger"}}
 
@@ -108,11 +113,21 @@ def check(cfg: DictConfig) -> None:
         experiments = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
         mistakes.append(f"or choose an experiment, which chooses for you: `experiment={'|'.join(experiments)}`")
     else:
-        mistakes = unknown_keys(cfg)
+        mistakes = _unresolved(cfg) or unknown_keys(cfg)
     if not mistakes and cfg.task not in _TASKS:
         mistakes = [f"task is {cfg.task!r}; allowed are {' and '.join(_TASKS)}; change `task`"]
     if mistakes:
         raise ConfigError("the config cannot be run:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
+
+
+def _unresolved(cfg: DictConfig) -> list[str]:
+    """The first interpolation that leads nowhere, as one of an environment variable that is not set."""
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationResolutionError as error:
+        reason = str(error).splitlines()[0]
+        return [f"`{error.full_key}` has no value: {reason}; set what it refers to, or change `{error.full_key}`"]
+    return []
 
 
 def missing_keys(cfg: DictConfig) -> list[str]:
@@ -240,10 +255,40 @@ def _moved(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved config as plain dictionaries, fit for a checkpoint."""
-    container = OmegaConf.to_container(cfg, resolve=True)
+    """The resolved config as plain dictionaries, fit for a checkpoint: signatures, passwords and the like are `...`."""
+    container = _without_secrets(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _without_secrets(value: Any, is_option: bool = False) -> Any:  # noqa: ANN401
+    """URLs without user, password and query; of `storage_options` no text that is no URL."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(part, is_option or key == _OPTIONS) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(part, is_option) for part in value]
+    if not isinstance(value, str):
+        return value
+    return "..." if is_option and "://" not in value else shown(value)
+
+
+def secrets_in_clear(cfg: DictConfig) -> list[str]:
+    """The keys of `data` whose value holds a secret itself, and not the name of an environment variable that does."""
+    data = OmegaConf.to_container(cfg.data, resolve=False) if isinstance(cfg.data, DictConfig) else {}
+    return sorted({key for key, text in _texts(data, "data") if _is_secret(key, _INTERPOLATION.sub("", text))})
+
+
+def _texts(value: object, path: str) -> Iterator[tuple[str, str]]:
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from _texts(part, path if isinstance(value, list) else _joined(path, key))
+    if isinstance(value, str):
+        yield path, value
+
+
+def _is_secret(key: str, text: str) -> bool:
+    is_option = f".{_OPTIONS}." in key and _SECRET_OPTION.search(key.rpartition(".")[2]) is not None
+    return holds_secret(text) or bool(is_option and text.strip())
 
 
 def _instantiate(node: DictConfig, key: str, **given: object) -> Any:  # noqa: ANN401
@@ -290,7 +335,7 @@ def _wrong_types(path: str, node: DictConfig, target: str) -> list[str]:
         return []
     hints = get_type_hints(thing.__init__ if inspect.isclass(thing) else thing)
     return [
-        f"`{path}.{key}` is {node[key]!r}, {target} takes {_spelled(hints[key])}; {_home(path)}"
+        f"`{path}.{key}` is {shown(repr(node[key]))}, {target} takes {_spelled(hints[key])}; {_home(path)}"
         for key in node
         if key in hints and not _fits(node[key], hints[key])
     ]

@@ -15,11 +15,12 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.callbacks import RunRecord, finish_wandb
 from ldm_train.checkpoint import UNTRAINED, load_weights, read_checkpoint
-from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain
+from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain, secrets_in_clear
 from ldm_train.data import ShardReadError
 
 _log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ _USUAL_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode at the start",  # frozen parts stay there
     r"Total length of `list` across ranks is zero",  # no validation images; the start-up summary counts them
 )
+_OF_WORKER = "in DataLoader worker process"
 _SRUN_WARNING = "The `srun` command is available on your system but is not used"
 
 
@@ -50,6 +52,7 @@ def train(cfg: DictConfig) -> float | None:
     _make_checkpoints_absolute(cfg)
     _refuse_sweep_of_subprocesses(cfg)
     _refuse_half_weights(cfg)
+    _warn_of_secrets(cfg)
     _hush_lightning()
     _keep_heap()
     run_dir = Path(cfg.paths.run_dir)
@@ -144,8 +147,8 @@ def _refusals() -> Iterator[None]:
     """What our own code refuses before the first step is the config's fault, and no failure to trace."""
     try:
         yield
-    except (ValueError, FileNotFoundError, ShardReadError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+    except (ValueError, OSError, ShardReadError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(_explained(error)) from error
 
 
 @contextmanager
@@ -153,12 +156,33 @@ def _refusals_before(step: int, trainer: L.Trainer) -> Iterator[None]:
     """The same for what is refused while Lightning runs: by a line of this package, before a step after `step`."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        is_ours = Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
-        if trainer.global_step > step or not is_ours or isinstance(error, ConfigError):
+    except (ValueError, OSError, ShardReadError) as error:
+        if trainer.global_step > step or not _is_ours(error) or isinstance(error, ConfigError):
             raise
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_explained(error)) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error was raised by a line of this package, or by what the system said to one."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, OSError):
+        library = Path(os.__file__).parent
+        files = [file for file in files if Path(file).parent != library and not file.startswith("<")]
+    is_here = bool(files) and Path(files[-1]).is_relative_to(Path(__file__).parent)
+    return is_here or isinstance(error, ShardReadError)  # that comes from a worker through lines of PyTorch
+
+
+def _explained(error: Exception) -> str:
+    """What was found, what is allowed and what to change: in our own words, or around those of the system."""
+    if isinstance(error, OSError) and error.errno is not None:
+        found = f"{error.filename or 'a file'}: {error.strerror}"
+        return (
+            f"{found}; allowed are files that this user can read, and folders that can be written and have room; "
+            "change the key that names it, one of `data` or `paths`"
+        )
+    if _OF_WORKER in str(error):  # it says where it happened, then what
+        return str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+    return str(error)
 
 
 def _fit(run: Run, checkpoint: Path | None, config: dict[str, Any]) -> None:
@@ -208,6 +232,15 @@ def _refuse_sweep_of_subprocesses(cfg: DictConfig) -> None:
             f"a multirun with trainer.devices={devices}: each process that Lightning starts would run the whole sweep; "
             "allowed are trainer.devices=1, `torchrun --nproc-per-node N -m ldm_train ...` without -m, or a sweep "
             "submitted to SLURM; change `trainer.devices`"
+        )
+
+
+def _warn_of_secrets(cfg: DictConfig) -> None:
+    if keys := secrets_in_clear(cfg):
+        rank_zero_warn(
+            f"a secret stands in clear in {', '.join(f'`{key}`' for key in keys)}, and Hydra keeps it in "
+            f"{cfg.paths.run_dir}/.hydra. Allowed is an environment variable in its place: change it to "
+            "`${oc.env:NAME}`."
         )
 
 

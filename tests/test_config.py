@@ -7,7 +7,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train import config
-from ldm_train.config import ConfigError, build, check, conf_dir, explain_override, plain
+from ldm_train.config import ConfigError, build, check, conf_dir, explain_override, plain, secrets_in_clear
 
 from .conftest import composed, filled
 
@@ -143,6 +143,45 @@ def test_the_resolved_config_survives_as_plain_values(tiny_runs):
     cfg = composed("experiment=demo_lora", root=tiny_runs)
     assert composed("experiment=demo_lora", root=tiny_runs) == cfg
     check(OmegaConf.create(plain(cfg)))
+
+
+def with_shards(monkeypatch, *overrides):
+    monkeypatch.setenv("SECRET_NAME", "SECRET_OF_ENVIRONMENT")
+    return composed("experiment=demo_autoencoder", "data=webdataset", *overrides)
+
+
+def test_a_record_of_the_config_holds_no_secrets(monkeypatch):
+    cfg = with_shards(
+        monkeypatch,
+        "data.shards=['https://me:SECRET@h/{0..3}.tar?X-Amz-Signature=SECRET','s3://b/1.tar','/d/?.tar']",
+        "data.storage_options={s3: {key: '${oc.env:SECRET_NAME}', secret: SECRET, endpoint_url: 'https://e', n: 3}}",
+    )
+    kept = plain(cfg)["data"]
+    assert kept["shards"] == ["https://h/{0..3}.tar?...", "s3://b/1.tar", "/d/?.tar"]
+    assert kept["storage_options"] == {"s3": {"key": "...", "secret": "...", "endpoint_url": "https://e", "n": 3}}
+    assert cfg.data.storage_options.s3.key == "SECRET_OF_ENVIRONMENT"  # the run has it
+    check(OmegaConf.create(plain(cfg)))
+
+
+@pytest.mark.parametrize(
+    ("override", "keys"),
+    [
+        ("data.shards='https://h/a.tar?token=${oc.env:SECRET_NAME}'", []),
+        ("data.shards='https://me:${oc.env:SECRET_NAME}@h/a.tar?version=3'", []),
+        ("data.shards=['s3://b/0.tar','https://h/a.tar?sig=SECRET']", ["data.shards"]),
+        ("data.val_shards='https://me:SECRET@h/a.tar'", ["data.val_shards"]),
+        ("data.storage_options={s3: {key: '${oc.env:SECRET_NAME}', client_kwargs: {region_name: here}}}", []),
+        ("data.storage_options={s3: {secret: SECRET}}", ["data.storage_options.s3.secret"]),
+    ],
+)
+def test_secrets_in_clear_are_told_from_names_of_variables(monkeypatch, override, keys):
+    assert secrets_in_clear(with_shards(monkeypatch, override)) == keys
+
+
+def test_a_variable_that_is_not_set_is_named_with_its_key(refusal):
+    message = refusal("experiment=demo_autoencoder", "data.shards='https://h/a?token=${oc.env:NO_SUCH_VARIABLE}'")
+    assert "`data.shards` has no value: " in message
+    assert "'NO_SUCH_VARIABLE' not found\"; set what it refers to, or change `data.shards`" in message
 
 
 @pytest.mark.parametrize(

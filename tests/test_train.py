@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from ldm_train import config
 from ldm_train import train as train_module
 from ldm_train.config import ConfigError
+from ldm_train.data import LocalFiles, Quarantine, ShardReadError
 from ldm_train.train import resume_path, train
 
 from .conftest import composed
@@ -116,3 +118,51 @@ def test_inside_a_job_the_advice_to_use_srun_is_heard(monkeypatch):
         train_module._hush_lightning()
         rank_zero_warn("The `srun` command is available on your system but is not used.")
     assert len(heard) == 1
+
+
+class Unreadable(torch.utils.data.Dataset):
+    """Data on a disk that fails."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, row):
+        raise ShardReadError("a.tar could not be read. It must be readable: check `data.shards`.")
+
+
+def refused_before(step, now, action):
+    with train_module._refusals_before(step, SimpleNamespace(global_step=now)):
+        action()
+
+
+def test_what_the_system_refuses_our_own_lines_is_said_in_three_parts(tmp_path):
+    (tmp_path / "file").write_text("")
+    lines = {
+        "nowhere.tar: No such file": lambda: LocalFiles().open(str(tmp_path / "nowhere.tar")),
+        "folder: Not a directory": lambda: Quarantine(tmp_path / "file/folder/name", 1.0, 0).failed(
+            0, "a", ValueError()
+        ),
+    }
+    for found, action in lines.items():
+        for refuse in (lambda action: refused_before(5, 5, action), _refused_at_once):
+            with pytest.raises(ConfigError, match=rf"{found}.*; allowed are .*; change the key .*`data`"):
+                refuse(action)
+        with pytest.raises(OSError, match=found.partition(": ")[2]):  # training had begun: no fault of the config
+            refused_before(5, 6, action)
+    with pytest.raises(FileNotFoundError):  # by a line of someone else
+        refused_before(5, 5, lambda: os.open(tmp_path / "nowhere", os.O_RDONLY))
+
+
+def _refused_at_once(action):
+    with train_module._refusals():
+        action()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_cannot_be_read_at_first_is_said_without_a_traceback(workers):
+    loader = torch.utils.data.DataLoader(Unreadable(), num_workers=workers)
+    with pytest.raises(ConfigError) as refusal:
+        refused_before(0, 0, lambda: next(iter(loader)))
+    assert str(refusal.value) == "a.tar could not be read. It must be readable: check `data.shards`."
+    with pytest.raises(ShardReadError):
+        refused_before(0, 1, lambda: next(iter(loader)))

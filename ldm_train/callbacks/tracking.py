@@ -27,6 +27,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import Tensor
 
+from ldm_train.data.locations import shown
+
 
 def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float | Tensor], step: int) -> None:
     """Gives figures that were measured outside a step to all loggers, and to `trainer.callback_metrics`.
@@ -85,7 +87,7 @@ def wandb_logger(
         group=group,
         tags=tags,
         mode=mode or ("offline" if _must_be_offline(offline) else "online"),
-        settings=wandb.Settings(silent=True, console="off", disable_git=True),
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_meta=_command_holds_secrets()),
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning always passes it on, wandb 0.31 warns that it means nothing
     return logger
@@ -100,6 +102,11 @@ def finish_wandb() -> None:
     """Ends the process's W&B run, if there is one: a sweep's next run in this process must not write into it."""
     if "wandb" in sys.modules and (run := sys.modules["wandb"].run) is not None:
         run.finish()
+
+
+def _command_holds_secrets() -> bool:
+    """Whether the command, which W&B would keep beside facts of the machine, names more than is for everyone."""
+    return any(shown(word) != word or "storage_options" in word for word in sys.argv)
 
 
 def _must_be_offline(offline: bool | None) -> bool:

@@ -84,7 +84,7 @@ class BucketedOrder:
 
     Attributes:
         waiting: images of an epoch that fill no unit.
-        starved: the buckets with fewer than U images, which are never trained.
+        starved: bucket -> its images, of the buckets with fewer than U, which are never trained.
 
     Raises:
         ValueError: if there are other than N numbers of buckets, a row is in none, or no bucket fills a unit.
@@ -110,7 +110,7 @@ class BucketedOrder:
                 "shape is needed at least: lower `data.bucket_unit`, have fewer buckets, or add to `data.shards`."
             )
         self.waiting = int((sizes % unit).sum())
-        self.starved = np.flatnonzero((sizes > 0) & (units == 0)).tolist()
+        self.starved = {int(bucket): int(sizes[bucket]) for bucket in np.flatnonzero((sizes > 0) & (units == 0))}
         ranks = np.stack([self._rows.rank(int(start)) for start in starts], axis=1)
         # The share is rounded up, so that a bucket's whole is one window where the data set's is.
         windows = -(-sizes * window // length)

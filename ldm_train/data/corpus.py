@@ -7,6 +7,7 @@ may be spread over shapes by their aspect ratio (`ldm_train.data.buckets`); imag
 """
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from ldm_train import distributed
 from ldm_train.data.bucketed_order import BucketedOrder
 from ldm_train.data.buckets import AspectBuckets, ShapeOfRow, assign
 from ldm_train.data.crops import Shape
 from ldm_train.data.filters import Filter
 from ldm_train.data.index import Damage, ShardIndex, build_index
-from ldm_train.data.locations import expand_shards
+from ldm_train.data.locations import expand_shards, shown
 from ldm_train.data.mixed_order import MixedOrder
 from ldm_train.data.order import Order, ShuffledOrder
 from ldm_train.data.shard_cache import ShardCache
@@ -153,7 +155,20 @@ class Corpus:
 
     @cached_property
     def order(self) -> Order:
-        """The order of training."""
+        """The order of training; says, on the first process, what it never comes to."""
+        order = self._whole_order()
+        if (starved := self._starved(order)) and distributed.global_rank() == 0:
+            images, named = sum(count for _, count in starved), ", ".join(name for name, _ in starved[:8])
+            rest = f" and {len(starved) - 8} more" if len(starved) > 8 else ""
+            warnings.warn(
+                f"{images} images of {len(starved)} shapes are never trained: {named}{rest}. A shape needs "
+                f"{self.options.bucket_unit} images of a data set at least: lower `data.bucket_unit`, which the global "
+                "batch must divide, or have fewer shapes (`data.buckets`).",
+                stacklevel=2,
+            )
+        return order
+
+    def _whole_order(self) -> Order:
         starts = self.training.index.starts
         if self.options.mixture is None:
             return self._order(0, len(starts) - 1)
@@ -187,13 +202,29 @@ class Corpus:
         if self.options.mixture is not None:
             facts["data sets"] = ", ".join(f"{name} x {s['weight']:g}" for name, s in self.options.mixture.items())
             facts["images an epoch"] = len(order)
-        if isinstance(order, BucketedOrder) and self.shapes is not None:
+        if self.shapes is not None:
             facts["shapes"] = ", ".join(f"{shape.width}x{shape.height}" for shape in self.shapes)
-            facts["images waiting per epoch"] = order.waiting
-            if order.starved:
-                few = ", ".join(f"{self.shapes[k].width}x{self.shapes[k].height}" for k in order.starved)
-                facts["shapes never trained"] = f"{few}: fewer images than data.bucket_unit"
+            facts["images waiting per epoch"] = sum(part.waiting for _, part in self._bucketed_orders(order))
+            if starved := self._starved(order):
+                few = ", ".join(name for name, _ in starved)
+                facts["shapes never trained"] = f"{few}: fewer than data.bucket_unit"
         return facts | {"fingerprint": index.fingerprint[:12], "index opened in": f"{sum(self.seconds):.1f} s"}
+
+    def _bucketed_orders(self, order: Order) -> list[tuple[str, BucketedOrder]]:
+        """Those that an order is made of, each with what to call its data set before a shape: nothing if it is one."""
+        parts = order.sources if isinstance(order, MixedOrder) else [order]
+        names = [f"{name} " for name in self._sources] if isinstance(order, MixedOrder) else [""]
+        return [(name, part) for name, part in zip(names, parts, strict=True) if isinstance(part, BucketedOrder)]
+
+    def _starved(self, order: Order) -> list[tuple[str, int]]:
+        """The shapes that are never trained, in words, each with its number of images."""
+        if self.shapes is None:
+            return []
+        return [
+            (f"{name}{self.shapes[bucket].width}x{self.shapes[bucket].height} ({count})", count)
+            for name, part in self._bucketed_orders(order)
+            for bucket, count in part.starved.items()
+        ]
 
     def _order(self, first: int, end: int) -> Order:
         """The order of the shards from `first` to `end`, over rows from 0."""
@@ -279,4 +310,4 @@ class Corpus:
 def check(is_allowed: bool, key: str, found: object, rule: str) -> None:
     """Refuse, with ValueError, a value of a key of `data`."""
     if not is_allowed:
-        raise ValueError(f"`data.{key}` is {found!r}; it must be {rule}.")
+        raise ValueError(f"`data.{key}` is {shown(repr(found))}; it must be {rule}.")

@@ -27,7 +27,7 @@ import numpy as np
 
 from ldm_train.data.columns import Columns, gathered, open_array
 from ldm_train.data.filters import Filter
-from ldm_train.data.index_store import UnwritableError, built, looked_up, opened_or_built, relative_names
+from ldm_train.data.index_store import ShardFiles, UnwritableError, built, looked_up, opened_or_built, relative_names
 from ldm_train.data.judging import Judge, ShardSamples, read_metadata
 from ldm_train.data.locations import is_url
 from ldm_train.data.parallel import map_in_order, tracked
@@ -320,22 +320,23 @@ def build_index(
         storage: where the shards lie.
         dimensions: index width and height, which costs a read for each image.
         progress: whether to draw a bar; None draws it on terminals.
+
+    Raises:
+        ShardReadError: if a shard cannot be read.
     """
     locations = [path if is_url(path) else os.path.abspath(path) for path in paths]
     contents = Contents(tuple(required), segmentation, dimensions)
-    table = looked_up(locations, contents, storage)
-    columns = None
+    wanted, shards, found = looked_up(locations, contents, storage), ShardFiles(locations, storage, workers), None
     if directory is not None:
         try:
-            table, columns = opened_or_built(table, Path(directory), storage, workers, progress)
+            found = opened_or_built(wanted, Path(directory), shards, progress)
         except UnwritableError as error:
             warnings.warn(
                 f"the index cannot be kept in {directory} ({error}) and is built in memory. Allowed are folders that "
                 "can be written: change `data.index_dir`.",
                 stacklevel=2,
             )
-    if columns is None:
-        columns = built(table, storage, workers, progress)
+    table, columns = built(wanted, shards, progress) if found is None else found
     names = relative_names(paths)
     return ShardIndex(
         paths=tuple(paths),

@@ -32,10 +32,10 @@ from pathlib import Path
 import numpy as np
 
 from ldm_train.data.columns import Columns, ColumnsWriter, joined, of_scan, open_columns
-from ldm_train.data.locations import is_url
+from ldm_train.data.locations import is_url, lasting, shown
 from ldm_train.data.parallel import map_in_order, tracked
 from ldm_train.data.scanning import Contents, scan
-from ldm_train.data.storage import Identity, Storage
+from ldm_train.data.storage import Identity, ShardReadError, Storage
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1
@@ -52,7 +52,7 @@ class Table:
 
     Attributes:
         contents: what is indexed of each sample.
-        locations: where they are: absolute paths and URLs.
+        locations: where they are: absolute paths, and URLs without their secrets, see `lasting`.
         sizes: their bytes.
         versions: what `Storage.identity` says beside the size.
         rows: their samples.
@@ -73,16 +73,39 @@ class Table:
         """(S + 1,) int64 first row of each shard, and N."""
         return np.concatenate(([0], np.cumsum(self.rows, dtype=np.int64)))
 
+    def unscanned(self) -> "Table":
+        """A table of the same shards as they were looked up."""
+        return Table(self.contents, self.locations, self.sizes, self.versions)
+
     def identities(self) -> list[tuple[str, int, str]]:
         """What tells whether a shard is still the one that was scanned."""
         return list(zip(self.locations, self.sizes, self.versions, strict=True))
 
 
+@dataclass(frozen=True)
+class ShardFiles:
+    """How the shards of a table are read.
+
+    Attributes:
+        locations: where they are, in the order of the table.
+        storage: what opens them.
+        workers: processes that scan them; 0 and 1 use this one.
+    """
+
+    locations: Sequence[str]
+    storage: Storage
+    workers: int = 0
+
+
 def relative_names(locations: Sequence[str]) -> tuple[str, ...]:
-    """The locations relative to the folder that holds them all; a URL's query, often a signature, is no part of it."""
+    """The locations relative to the folder that holds them all; a URL's query is no part of it if they differ without.
+
+    They are for people and for fingerprints, and hold no secrets.
+    """
     if any(map(is_url, locations)):
-        plain = [location.partition("?")[0] if is_url(location) else location for location in locations]
-        parts = [location.split("/") for location in (plain if len({*plain}) == len(plain) else locations)]
+        kept = [lasting(location) for location in locations]
+        plain = [place.partition("?")[0] if is_url(place) else place for place in kept]
+        parts = [place.split("/") for place in (plain if len({*plain}) == len(plain) else kept)]
         folders = zip(*(part[:-1] for part in parts), strict=False)
         shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, folders))
         return tuple("/".join(part[shared:]) for part in parts)
@@ -92,26 +115,38 @@ def relative_names(locations: Sequence[str]) -> tuple[str, ...]:
 
 def looked_up(locations: Sequence[str], contents: Contents, storage: Storage) -> Table:
     """The table of shards as they are now, not scanned yet."""
-    with ThreadPoolExecutor(_LOOKS) as pool:
+    with ThreadPoolExecutor(_LOOKS) as pool, _readable():
         found: list[Identity] = list(pool.map(storage.identity, locations))
-    return Table(contents, list(locations), [size for size, _ in found], [version for _, version in found])
+    kept = [lasting(location) for location in locations]
+    return Table(contents, kept, [size for size, _ in found], [version for _, version in found])
 
 
-def built(table: Table, storage: Storage, workers: int, show: bool | None) -> Columns:
-    """The columns in memory; fills the table."""
-    return joined(_parts(table, {}, storage, workers, show))
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Inside, what the system refuses is a shard."""
+    try:
+        yield
+    except OSError as error:
+        raise ShardReadError(
+            f"{shown(str(error.filename or 'a shard'))} could not be read: {error.strerror or error}. A shard must "
+            "exist and be readable by this user: check its permissions and the storage behind `data.shards`."
+        ) from error
 
 
-def opened_or_built(
-    wanted: Table, directory: Path, storage: Storage, workers: int, show: bool | None
-) -> tuple[Table, Columns]:
+def built(table: Table, shards: ShardFiles, show: bool | None) -> tuple[Table, Columns]:
+    """The index in memory, of a table that was looked up."""
+    table = table.unscanned()
+    return table, joined(_parts(table, {}, shards, show))
+
+
+def opened_or_built(wanted: Table, directory: Path, shards: ShardFiles, show: bool | None) -> tuple[Table, Columns]:
     """The index of the wanted shards in a directory, made or brought up to date if need be.
 
     Of the processes that find it missing one builds; the others wait and open what it made.
 
     Raises:
         UnwritableError: if the directory cannot be written.
-        OSError: if a shard cannot be read.
+        ShardReadError: if a shard cannot be read.
     """
     folder = index_folder(directory, wanted)
     if (current := _opened_if_current(folder, wanted)) is not None:
@@ -123,7 +158,7 @@ def opened_or_built(
     with locked(folder.with_name(folder.name + ".lock")):
         if (current := _opened_if_current(folder, wanted)) is not None:
             return current
-        return _build(folder, wanted, storage, workers, show)
+        return _build(folder, wanted.unscanned(), shards, show)
 
 
 def index_folder(directory: Path, table: Table) -> Path:
@@ -247,16 +282,18 @@ def _known(directory: Path, wanted: Table) -> dict[tuple[str, int, str], _Known]
 
 
 def _parts(
-    table: Table, known: dict[tuple[str, int, str], _Known], storage: Storage, workers: int, show: bool | None
+    table: Table, known: dict[tuple[str, int, str], _Known], shards: ShardFiles, show: bool | None
 ) -> Iterator[Columns]:
     """The columns of each shard, copied where it is known; fills the table."""
     identities = table.identities()
-    unknown = [identity[0] for identity in identities if identity not in known]
-    scans = map_in_order(partial(scan, contents=table.contents, storage=storage), unknown, workers)
+    pairs = zip(shards.locations, identities, strict=True)
+    unknown = [location for location, identity in pairs if identity not in known]
+    scans = map_in_order(partial(scan, contents=table.contents, storage=shards.storage), unknown, shards.workers)
     for shard, identity in enumerate(tracked(identities, len(identities), "indexing shards", show)):
         old = known.get(identity)
         if old is None:
-            scanned = next(scans)
+            with _readable():
+                scanned = next(scans)
             part, promised, damage = of_scan(scanned), scanned.promised, scanned.damage
         else:
             part, promised, damage = old.columns.part(old.begin, old.end), old.promised, old.damage
@@ -266,21 +303,24 @@ def _parts(
         yield part
 
 
-def _build(folder: Path, table: Table, storage: Storage, workers: int, show: bool | None) -> tuple[Table, Columns]:
+def _build(folder: Path, table: Table, shards: ShardFiles, show: bool | None) -> tuple[Table, Columns]:
     """Write new columns, make `index.json` name them, remove the old; the lock is held."""
     for left in folder.glob("building-*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     name = f"{time.time_ns():x}-{os.getpid()}"
     staging, columns_folder = folder / f"building-{name}", folder / f"columns-{name}"
-    staging.mkdir()
     try:
+        staging.mkdir()
         with ColumnsWriter(staging, table.contents.width, table.contents.dimensions) as writer:
-            for part in _parts(table, _known(folder.parent, table), storage, workers, show):
+            for part in _parts(table, _known(folder.parent, table), shards, show):
                 writer.append(part)
         staging.rename(columns_folder)
+        _write_table(folder, columns_folder, table)
+    except OSError as error:  # of the writing: what cannot be read is a ShardReadError
+        shutil.rmtree(columns_folder, ignore_errors=True)
+        raise UnwritableError(str(error)) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    _write_table(folder, columns_folder, table)
     for old in folder.glob("columns-*"):
         if old != columns_folder:
             shutil.rmtree(old, ignore_errors=True)

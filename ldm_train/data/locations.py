@@ -3,9 +3,13 @@
 URLs come from lists that others wrote, so they are data: only the protocols below are opened, and a URL never runs a
 program, as `pipe:` does elsewhere. What is remote is listed only for a glob; a URL without one is believed until it is
 read.
+
+A URL may carry secrets: a name and password before its host, a signature in its query. Nothing that is written or said
+holds them. What is kept of a URL is its `lasting` form, which a new signature does not change.
 """
 
 import glob
+import hashlib
 import os
 import re
 from collections import Counter
@@ -16,6 +20,16 @@ from braceexpand import braceexpand
 PROTOCOLS = ("s3", "gs", "hf", "http", "https")
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]*)://")
 _MAGIC = re.compile(r"[*?\[]")
+_USER = re.compile(r"(\w://)[^/?\s'\"]*@")
+# Parameters that sign a request and say nothing of what is asked for: of AWS, Google, Alibaba and CloudFront, and
+# tokens under their usual names; and what means that only beside a signature, as Azure's do.
+_SIGNING = re.compile(
+    r"x-(amz|goog|oss)-.*|(aws|google|oss)accesskeyid|googleaccessid|key-pair-id|.*token|.*signature|"
+    r"(.*[-_])?(sig|password|secret|api[-_]?key|auth|authorization|credentials?)"
+)
+_BESIDE_SIGNATURE = {"expires", "policy", "sv", "ss", "srt", "sp", "se", "st", "sr", "spr", "sip", "sdd", "ses", "scid"}
+_BESIDE_SIGNATURE |= {"skoid", "sktid", "skt", "ske", "sks", "skv", "saoid", "suoid"}
+_SHORT = 5  # letters of a text that stands in messages for other reasons too
 
 
 def is_url(location: str) -> bool:
@@ -36,8 +50,50 @@ def protocol_of(location: str) -> str:
 
 def shown(text: str) -> str:
     """A text with the secrets of the URLs in it left out: the user's name and password, and the query."""
-    text = re.sub(r"(\w://)[^/\s@'\"]*@", r"\1", text)
+    text = _USER.sub(r"\1", text)
     return re.sub(r"(\w://[^\s'\"?]*)\?[^\s'\"]*", r"\1?...", text)
+
+
+def lasting(location: str) -> str:
+    """What may be kept of a location: the same for every signature of one file, and another for each file.
+
+    A path is kept as it is. Of a URL the signature is left out, a name and password for an http server too; what else
+    its query says, which may be secret under a name of its own, is hashed.
+    """
+    if not is_url(location):
+        return location
+    protocol, mark, rest = location.partition("://")
+    path, _, query = rest.partition("?")
+    authority, slash, name = path.partition("/")
+    user, _, host = authority.rpartition("@")
+    parts = [part for part in re.split("[&;]", query) if part]
+    names = {part.partition("=")[0].lower() for part in parts}
+    signing = {name for name in names if _SIGNING.fullmatch(name)}
+    signing |= _BESIDE_SIGNATURE if names & {"sig", "signature"} else set()
+    kept = [part for part in parts if part.partition("=")[0].lower() not in signing]
+    kept += [user] if user and protocol not in ("http", "https") else []  # a store's own way to name a file
+    ending = f"?{hashlib.sha256('&'.join(kept).encode()).hexdigest()[:16]}" if kept else ""
+    return protocol + mark + host + slash + name + ending
+
+
+def secrets_of(url: str) -> list[str]:
+    """The texts of a URL that no message may hold: user and password, the query, each of its values."""
+    authority, _, query = url.partition("://")[2].partition("?")
+    user, at, _ = authority.partition("/")[0].rpartition("@")
+    values = [part.partition("=")[2] for part in re.split("[&;]", query)]
+    found = [query, *values, *([user, user.partition(":")[2]] if at else [])]
+    return sorted({text for text in found if len(text) > _SHORT}, key=len, reverse=True)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a text has a URL with a password or a signature in it."""
+    for url in re.findall(r"\w://[^\s'\"]+", text):
+        authority, _, query = url.partition("://")[2].partition("?")
+        user, _, _ = authority.partition("/")[0].rpartition("@")
+        pairs = [part.partition("=") for part in re.split("[&;]", query)]
+        if user.partition(":")[2] or any(value and _SIGNING.fullmatch(name.lower()) for name, _, value in pairs):
+            return True
+    return False
 
 
 def beside(location: str, ending: str) -> str:
@@ -97,7 +153,7 @@ def expand_shards(
             found += _remote(name, key, list_remote) if is_url(name) else _local(name, pattern, key)
     if not found:
         raise ValueError(f"`{key}` is empty; it must name at least one tar file.")
-    same = (location if is_url(location) else os.path.realpath(location) for location in found)
+    same = (lasting(location) if is_url(location) else os.path.realpath(location) for location in found)
     location, count = Counter(same).most_common(1)[0]
     if count > 1:
         raise ValueError(
@@ -136,5 +192,7 @@ def _remote(name: str, key: str, list_remote: Callable[[str], list[str]] | None)
         )
     found = sorted(list_remote(name))
     if not found:
-        raise FileNotFoundError(f"no shard matches {name!r}. Allowed are globs that match a tar file: change `{key}`.")
+        raise FileNotFoundError(
+            f"no shard matches {shown(name)!r}. Allowed are globs that match a tar file: change `{key}`."
+        )
     return found

@@ -20,6 +20,8 @@ from ldm_train.data.storage import ShardReadError, Storage
 
 MetadataTable = dict[str, dict[str, Any]]  # the fields of a sample by its key
 _KEY = "key"
+# What pyarrow raises on damaged files, among it ValueError for texts that are no UTF-8.
+_DAMAGE = (pa.ArrowException, ValueError, RecursionError)
 
 
 def parquet_of(location: str) -> str:
@@ -38,7 +40,7 @@ def read_table(location: str, fields: Sequence[str], storage: Storage) -> Metada
     try:
         with os.fdopen(storage.open(parquet_of(location)), "rb") as file:
             columns = _read_columns(pq.ParquetFile(file), fields)
-    except (OSError, ShardReadError, pa.ArrowException):
+    except (OSError, ShardReadError, *_DAMAGE):
         return {}
     if columns is None:
         return {}
@@ -78,6 +80,8 @@ def _may_be_encoded(column: list[Any]) -> bool:
     try:
         for text in texts:
             json.loads(text)
+    except RecursionError:
+        return True
     except ValueError:
         return False
     return True

@@ -15,12 +15,12 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import fsspec
 
-from ldm_train.data.locations import protocol_of, shown
+from ldm_train.data.locations import protocol_of, secrets_of, shown
 from ldm_train.data.storage import Identity, ShardReadError
 
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface-hub", "http": "aiohttp", "https": "aiohttp"}
@@ -151,9 +151,9 @@ class RemoteFiles:
             if attempt + 1 < self.attempts:
                 time.sleep(self.delay * 2**attempt * random.uniform(0.5, 1.0))
         raise ShardReadError(
-            f"{shown(url)} could not be read in {self.attempts} attempts: {self._described(failure)}. A shard must "
-            "stay readable during a run: check the network and the store behind `data.shards`, then start the same "
-            "command again."
+            f"{shown(url)} could not be read in {self.attempts} attempts: {self._described(url, failure)}. A shard "
+            "must stay readable during a run: check the network and the store behind `data.shards`, then start the "
+            "same command again."
         ) from None
 
     def _final(self, url: str, failure: BaseException) -> ShardReadError:
@@ -164,13 +164,13 @@ class RemoteFiles:
                 f'package is there: pip install {package} (or "ldm-train[remote]"), or change `data.shards`.'
             )
         return ShardReadError(
-            f"{shown(url)} could not be read: {self._described(failure)}. A shard must exist and be readable with the "
-            "credentials of the environment or of `data.storage_options`: check these and `data.shards`."
+            f"{shown(url)} could not be read: {self._described(url, failure)}. A shard must exist and be readable "
+            "with the credentials of the environment or of `data.storage_options`: check these and `data.shards`."
         )
 
-    def _described(self, failure: BaseException) -> str:
+    def _described(self, url: str, failure: BaseException) -> str:
         text = shown(f"{type(failure).__name__}: {failure}")
-        for secret in _texts(self.storage_options):
+        for secret in (*secrets_of(url), *_texts(self.storage_options)):
             text = text.replace(secret, "...")
         return text
 
@@ -201,5 +201,7 @@ class RemoteFiles:
 def _texts(value: object) -> list[str]:
     """Every text in the options that may be a secret: all but addresses and names of a few letters."""
     if isinstance(value, Mapping):
-        return [text for part in value.values() for text in _texts(part)]
+        value = list(value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [text for part in value for text in _texts(part)]
     return [value] if isinstance(value, str) and len(value) > 5 and "://" not in value else []

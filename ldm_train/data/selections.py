@@ -1,21 +1,24 @@
 """Selections that are computed once: the rows that filters, a split or a ranking by hash chose, kept by the columns.
 
 A selection is named by a hash of all that it follows from: the steps before it and its own description. The rows of
-10^8 samples take minutes to choose and a moment to map, and mapped they cost no memory.
+10^8 samples take minutes to choose and a moment to map, and mapped they cost no memory. Beside columns that this user
+may only read, selections that others kept are opened, and all else is chosen in memory.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ldm_train.data.columns import ArrayWriter, open_array
-from ldm_train.data.index_store import locked
+from ldm_train.data.index_store import UnwritableError, locked
 
 
 class Rows(NamedTuple):
@@ -77,6 +80,9 @@ def kept_rows(folder: Path | None, key: str | None, blocks: Iterable[np.ndarray]
         key: what the rows follow from, see `selection_key`; None if that is not known.
         blocks: (n,) int64 rows each; read only where they are not known.
         refused: filled by reading the blocks.
+
+    Raises:
+        UnwritableError: if the disk filled while the rows were written.
     """
     if folder is None or key is None:
         return _in_memory(blocks, refused)
@@ -85,10 +91,27 @@ def kept_rows(folder: Path | None, key: str | None, blocks: Iterable[np.ndarray]
         return found
     if not os.access(folder, os.W_OK):
         return _in_memory(blocks, refused)
-    with locked(folder / "selections.lock"):
-        if (found := _opened(place)) is not None:
-            return found
-        return _written(place, blocks, refused)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / "selections.lock"))
+            if (found := _opened(place)) is not None:
+                return found
+            staging = _staged(place)
+        except OSError as error:
+            warnings.warn(
+                f"selections cannot be kept in {folder} ({error}) and are made in memory. Allowed are folders that can "
+                "be written: change `data.index_dir`.",
+                stacklevel=2,
+            )
+            return _in_memory(blocks, refused)
+        try:
+            return _written(place, staging, blocks, refused)
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise UnwritableError(
+                f"the disk of {folder} took no selection: {error.strerror or error}. Allowed are folders with room for "
+                "8 bytes a sample: make room, or change `data.index_dir`."
+            ) from error
 
 
 def smallest(blocks: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
@@ -123,11 +146,16 @@ def _opened(place: Path) -> Rows | None:
     return Rows(rows, starts, facts["refused"], place / "rows.npy") if len(rows) == facts["rows"] else None
 
 
-def _written(place: Path, blocks: Iterable[np.ndarray], refused: dict[str, int]) -> Rows:
+def _staged(place: Path) -> Path:
+    """A new folder beside a place, which is free then."""
     staging = place.with_name(f"building-{place.name}")
     for left in (staging, place):  # by a process that was killed, or damaged
         shutil.rmtree(left, ignore_errors=True)
     staging.mkdir()
+    return staging
+
+
+def _written(place: Path, staging: Path, blocks: Iterable[np.ndarray], refused: dict[str, int]) -> Rows:
     array, starts = ArrayWriter(staging / "rows.npy", np.int64), [0]
     for block in blocks:
         array.append(block)

@@ -1,7 +1,8 @@
 """A node-local cache of remote shards: whole files in a directory, fetched once per node, the oldest given up first.
 
-A shard at URL u lies in the file h(u).tar, h being 128 bits of SHA-256: two folders of shards named alike do not
-collide, and no URL can name a place outside the directory. Beside it stand
+A shard at URL u lies in the file h(u).tar, h being 128 bits of SHA-256 of u without its signature: two folders of
+shards named alike do not collide, no URL can name a place outside the directory, and a URL that is signed anew finds
+the copy. Beside it stand
 
     h.lock          held by the process that fetches it, while the others of the node wait;
     h.<size>.part   what has arrived so far; its size counts as taken from the beginning;
@@ -32,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import get_worker_info
 
-from ldm_train.data.locations import shown
+from ldm_train.data.locations import lasting, shown
 from ldm_train.data.remote import RemoteFiles
 from ldm_train.data.storage import Identity, ShardReadError
 
@@ -94,13 +95,13 @@ class ShardCache:
 
     def identity(self, location: str) -> Identity:
         """The size and version that the store has now."""
-        self._known[location] = identity = self.remote.identity(location)
+        self._known[lasting(location)] = identity = self.remote.identity(location)
         return identity
 
     def open(self, location: str) -> int:
         """A file descriptor of the shard's copy, fetched if it is not here."""
         self._make_directory()
-        stem = hashlib.sha256(location.encode()).hexdigest()[:32]
+        stem = hashlib.sha256(lasting(location).encode()).hexdigest()[:32]
         fd = self._copy(stem, is_trusted=False)
         if fd is None:
             with self._locked(stem):
@@ -113,7 +114,16 @@ class ShardCache:
         return fd
 
     def _make_directory(self) -> None:
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            is_writable = os.access(self.directory, os.W_OK | os.X_OK)
+        except OSError:
+            is_writable = False
+        if not is_writable:
+            raise ShardReadError(
+                f"the cache directory {self.directory} cannot be written. Allowed is a directory that this user can "
+                "write, best on a disk of the node: change `data.cache_dir`."
+            )
         if self.directory.stat().st_uid != os.getuid():
             raise ShardReadError(
                 f"the cache directory {self.directory} belongs to another user, who could change the shards in it. "
@@ -156,13 +166,14 @@ class ShardCache:
         return None
 
     def _unchanged(self, location: str) -> Identity:
-        known, identity = self._known.get(location), self.remote.identity(location)
+        name, identity = lasting(location), self.remote.identity(location)
+        known = self._known.get(name)
         if known not in (None, identity):
             raise ShardReadError(
                 f"{shown(location)} has changed since the run began: {known} became {identity}. A shard must stay "
                 "unchanged during a run: restore it, or start anew with `data.shards` as they are now."
             )
-        self._known[location] = identity
+        self._known[name] = identity
         return identity
 
     def _fetched(self, stem: str, location: str) -> int:
@@ -188,7 +199,7 @@ class ShardCache:
         return fd
 
     def _record(self, stem: str, location: str, identity: Identity) -> None:
-        text = json.dumps({"location": shown(location), "identity": identity})
+        text = json.dumps({"location": lasting(location), "identity": identity})
         temporary = self.directory / f"{stem}.json.new"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.directory / f"{stem}.json")
@@ -200,6 +211,8 @@ class ShardCache:
                 f"{shown(location)} has {size} bytes and does not fit into the cache of {self.max_bytes}. The cache "
                 "must hold at least every shard that is read at a time: raise `data.cache_bytes`."
             )
+        for left in self.directory.glob(f"{part.name.partition('.')[0]}.*.part"):
+            left.unlink(missing_ok=True)  # of a process that died: it would count as claimed, for this one has its lock
         while True:
             with self._locked("cache"):
                 if self._has_room(size):
@@ -300,4 +313,5 @@ class ShardCache:
 
     def _count(self, what: int, amount: int) -> None:
         info = get_worker_info()
-        self._counts[0 if info is None else info.id + 1, what] += amount
+        with self._locked("counts"):  # processes that index, and threads, share a row
+            self._counts[0 if info is None else info.id + 1, what] += amount

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ldm_train.data.locations import shown
 from ldm_train.data.storage import LOCAL_FILES, ShardReadError, Storage
 
 _BLOCK = 512
@@ -259,8 +260,9 @@ class ShardReader:
             if attempt + 1 < self.attempts:
                 time.sleep(self.delay * 2**attempt)
         raise ShardReadError(
-            f"{self.paths[shard]} could not be read in {self.attempts} attempts: {failure}. A shard must stay readable "
-            "and unchanged during a run: check the storage behind `data.shards`, then start the same command again."
+            f"{shown(self.paths[shard])} could not be read in {self.attempts} attempts: {failure}. A shard must stay "
+            "readable and unchanged during a run: check the storage behind `data.shards`, then start the same command "
+            "again."
         ) from failure
 
     def _descriptor(self, shard: int) -> int:

@@ -56,6 +56,24 @@ def test_wandb_s_record_holds_every_figure_and_picture_that_was_logged(tmp_path)
     assert all((path.parent / "files" / name).is_file() for name in pictures)
 
 
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "data.shards=[https://me:SECRET@h/a.tar]",
+        "data.shards=https://h/a?sig=SECRET",
+        "+data.storage_options.s3.key=SECRET",
+    ],
+)
+def test_secrets_of_the_command_line_are_not_in_wandb_s_record(tmp_path, monkeypatch, secret):
+    monkeypatch.setattr("sys.argv", ["ldm_train", "experiment=demo", secret])
+    wandb_logger(str(tmp_path / "run"), "emoji", "demo", "default", offline=True).log_metrics({"loss": 1.0})
+    finish_wandb()
+    assert record_files(tmp_path / "run")
+    written = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert b"loss" in written
+    assert b"SECRET" not in written
+
+
 def test_records_longer_than_a_block_are_joined(tmp_path):
     logger = wandb_logger(str(tmp_path), "p", "long", "run")
     texts = [str(i) * size for i, size in enumerate((10, 40_000, 100_000, 32_740, 5))]

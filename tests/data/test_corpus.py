@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -97,6 +98,54 @@ def test_a_checkpoint_of_other_shapes_is_refused(bucketed, tmp_path):
     for changes in ({"bucket_unit": 8}, {"buckets": None, "bucket_unit": 0}, {"buckets": AspectBuckets(4, 1.5)}):
         with pytest.raises(ValueError, match=r"in another order \(.*bucket.*data.bucket"):
             fit(bucketed(**changes), 5, resume=tmp_path / "3.ckpt")
+
+
+def never_trained(datamodule, steps=2):
+    """What a run says that it never trains: in the table, and aloud."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        fit(datamodule, steps)
+        named = datamodule.summary().get("shapes never trained")
+    return named, [str(warning.message) for warning in heard if "never trained" in str(warning.message)]
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    """31 squares, and 30 images of each of two other shapes, where a shape needs 31."""
+    shards = [pictures(tmp_path / "uneven" / "0.tar", 90), pictures(tmp_path / "uneven" / "1.tar", 1)]
+    return ImageTextDataModule(shards, 16, 1, 3, buckets=AspectBuckets(4, 2.0), bucket_unit=31)
+
+
+def test_shapes_of_too_few_images_are_named_and_counted(bucketed, uneven):
+    assert never_trained(bucketed()) == (None, [])
+    named, (line,) = never_trained(uneven)  # said once a run
+    assert named == "12x20 (30), 20x12 (30): fewer than data.bucket_unit"
+    assert line.startswith("60 images of 2 shapes are never trained: 12x20 (30), 20x12 (30). A shape needs 31 images")
+    assert "lower `data.bucket_unit`" in line
+    assert "`data.buckets`" in line
+
+
+def test_shapes_of_too_few_images_of_a_data_set_in_a_mixture_are_named_and_counted(tmp_path):
+    counts = {"small": 7, "large": 60}  # of three shapes: 2, 3 and 2 images, and 20 of each
+    mixture = {
+        name: {"shards": pictures(tmp_path / name / "0.tar", count), "weight": 1} for name, count in counts.items()
+    }
+    options = {"mixture": mixture, "buckets": AspectBuckets(4, 2.0)}
+    datamodule = ImageTextDataModule(None, 16, 3, 3, **options, bucket_unit=3)
+    named, (line,) = never_trained(datamodule)
+    small, large = datamodule.corpus.order.sources
+    assert not large.starved
+    assert small.starved
+    assert named == "small 12x20 (2), small 20x12 (2): fewer than data.bucket_unit"
+    assert line.startswith("4 images of 2 shapes are never trained: small 12x20 (2), small 20x12 (2). A shape needs 3 ")
+    assert datamodule.summary()["images waiting per epoch"] == small.waiting + large.waiting
+
+
+def test_another_process_than_the_first_says_nothing(uneven, monkeypatch):
+    monkeypatch.setattr("ldm_train.distributed.global_rank", lambda: 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert uneven.corpus.order.starved
 
 
 def test_a_mixture_has_its_shares_and_each_visit_its_own_noise(mixed):

@@ -182,6 +182,26 @@ def test_a_parquet_that_may_differ_from_the_json_is_not_believed(tmp_path, table
     assert read_table(path, ("a",), LOCAL_FILES) == {}
 
 
+@pytest.mark.parametrize("harm", ["text", "name"])
+def test_a_parquet_that_is_no_utf8_leaves_it_to_the_json(tmp_path, harm):
+    path = with_parquet(tmp_path, [{"similar": "a long text"}, {"similar": "b"}])
+    file, bad = tmp_path / "00000.parquet", {"text": b"a long text", "name": b"similar"}[harm]
+    table = pa.table({"key": ["000000", "000001"], "similar": ["a long text", "b"]})
+    pq.write_table(table, file, compression="none", use_dictionary=False, write_statistics=False, store_schema=False)
+    data = file.read_bytes()
+    assert bad in data
+    file.write_bytes(data.replace(bad, b"\xff" * len(bad)))
+    assert read_table(path, ("similar",), LOCAL_FILES) == {}
+    assert build_index([path]).filtered([FieldIn("similar", ["a long text"])]).sample_id.tolist() == [0]
+
+
+def test_texts_of_a_parquet_that_are_nested_without_end_leave_it_to_the_json(tmp_path):
+    deep = "[" * 100_000
+    path = with_parquet(tmp_path, [{"a": 1}], pa.table({"key": ["000000"], "a": [deep]}))
+    assert read_table(path, ("a",), LOCAL_FILES) == {}
+    assert build_index([path]).filtered([Minimum("a", 1)]).sample_id.tolist() == [0]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_new_parquet_is_a_new_selection(tmp_path, workers):
     path = with_parquet(tmp_path, [{"a": 1}, {"a": 2}])

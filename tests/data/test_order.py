@@ -80,7 +80,7 @@ def test_units_have_one_bucket_and_all_but_the_waiting_come_once(arguments, epoc
     assert np.ptp(buckets[rows].reshape(-1, unit), axis=1).max() == 0
     sizes = np.bincount(buckets)
     assert np.bincount(buckets[rows], minlength=len(sizes)).tolist() == (sizes // unit * unit).tolist()
-    assert order.starved == [bucket for bucket, size in enumerate(sizes) if 0 < size < unit]
+    assert order.starved == {bucket: size for bucket, size in enumerate(sizes) if 0 < size < unit}
 
 
 def test_images_that_wait_differ_by_epoch_and_units_of_a_bucket_follow_its_own_order():

@@ -195,3 +195,33 @@ def test_too_small_a_bound_and_a_full_disk_say_what_to_change(server, tmp_path, 
         ShardReadError, match=r"cache took no shard of 1001 bytes.*`data.cache_dir`.*`data.cache_bytes`"
     ):
         cache.open(f"{server.url}/a/0.tar")
+
+
+@pytest.mark.parametrize("size", [1003, 700])
+def test_what_a_killed_download_of_the_same_shard_claimed_is_no_reason_to_wait(server, tmp_path, size):
+    cache, url = cache_in(tmp_path, max_bytes=1500), f"{server.url}/a/2.tar"
+    content(cache, url)
+    (copy,) = files(tmp_path, ".tar")
+    copy.rename(copy.with_name(f"{copy.stem}.{size}.part"))
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(content(cache, url)), daemon=True)
+    asking.start()
+    asking.join(20)
+    assert answers == [CONTENT["2.tar"] + b"a"]
+    assert not files(tmp_path, ".part")
+
+
+def _count_often(cache, times):
+    for _ in range(times):
+        cache._count(0, 1)
+
+
+def test_processes_that_share_a_counter_lose_no_count(tmp_path):
+    context, cache, times = multiprocessing.get_context("fork"), cache_in(tmp_path), 4000
+    cache.directory.mkdir()
+    counting = [context.Process(target=_count_often, args=(cache, times)) for _ in range(4)]
+    for process in counting:
+        process.start()
+    for process in counting:
+        process.join(120)
+    assert cache.counts.hits == 4 * times
