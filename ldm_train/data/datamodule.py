@@ -87,6 +87,7 @@ class ImageTextDataModule(L.LightningDataModule):
         bucket_unit: images of one shape in a row, which the global batch must divide; needs `buckets`.
         mixture: name -> `shards` and `weight` of data sets that are mixed, see `MixedOrder`.
         mixture_length: images of an epoch of the mixture; None is all of them.
+        mixture_block: images in a row in which the shares of the mixture are exact, see `MixedOrder`; None is 4,096.
         index_dir: folder that keeps indices between runs; None indexes in memory.
         index_workers: processes that index shards; 0 and 1 use the main one.
         cache_dir: node-local directory for copies of remote shards, see `ShardCache`; None: under `TMPDIR`.
@@ -129,6 +130,7 @@ class ImageTextDataModule(L.LightningDataModule):
         bucket_unit: int = 0,
         mixture: Mapping[str, Mapping[str, Any]] | None = None,
         mixture_length: int | None = None,
+        mixture_block: int | None = None,
         index_dir: str | None = None,
         index_workers: int = 0,
         cache_dir: str | None = None,
@@ -146,7 +148,7 @@ class ImageTextDataModule(L.LightningDataModule):
         self.options = ImageOptions(image_size, crop, flip, interpolation, max_pixels, caption, label, segmentation)
         self.shard_cache = ShardCache(cache_dir, cache_bytes, RemoteFiles(storage_options), num_workers)
         self._check_arguments()
-        which = shards, mixture, mixture_length, val_fraction, val_shards, list(filters or ()), limit
+        which = shards, mixture, mixture_length, mixture_block, val_fraction, val_shards, list(filters or ()), limit
         extension = segmentation.extension if isinstance(segmentation, SegmentationMember) else None
         shapes, order = (buckets, bucket_unit, image_size), (shuffle_groups, shuffle_window)
         self.corpus = Corpus(
