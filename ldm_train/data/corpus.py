@@ -155,8 +155,7 @@ class Corpus:
         starts = self.training.index.starts
         if self.options.mixture is None:
             return self._order(0, len(starts) - 1)
-        ends = np.cumsum([len(paths) for paths in self._sources.values()]).tolist()
-        shards = list(zip([0, *ends[:-1]], ends, strict=True))
+        shards = list(self._shards_of.values())
         weights = [float(source["weight"]) for source in self.options.mixture.values()]
         first_rows = [int(starts[first]) for first, _ in shards]
         orders = [self._order(*span) for span in shards]
@@ -164,6 +163,18 @@ class Corpus:
         return MixedOrder(
             orders, first_rows, weights, options.seed, options.mixture_length, options.mixture_block or LARGE_BLOCK
         )
+
+    def rows_of(self, name: str) -> tuple[int, int]:
+        """The first training row of a data set of the mixture, and the one after its last.
+
+        Raises:
+            ValueError: if there is no such data set.
+        """
+        spans = self._shards_of
+        if name not in spans:
+            raise ValueError(f"there is no data set {name!r}; allowed are {', '.join(spans)}; change `data.mixture`")
+        first, end = (int(self.training.index.starts[shard]) for shard in spans[name])
+        return first, end
 
     def identity(self) -> dict[str, object]:
         """What the meaning of a position in training depends on, as plain values."""
@@ -205,6 +216,12 @@ class Corpus:
             return ShuffledOrder(starts, *shuffle)
         own = buckets[int(index.starts[first]) : int(index.starts[end])]
         return BucketedOrder(starts, own, options.bucket_unit, *shuffle)
+
+    @property
+    def _shards_of(self) -> dict[str, tuple[int, int]]:
+        """Name -> the number of the first shard of each data set, and of the one after its last."""
+        ends = np.cumsum([len(paths) for paths in self._sources.values()]).tolist()
+        return dict(zip(self._sources, zip([0, *ends[:-1]], ends, strict=True), strict=True))
 
     @cached_property
     def _sources(self) -> dict[str, tuple[str, ...]]:

@@ -269,7 +269,9 @@ class ImageTextDataModule(L.LightningDataModule):
         shape_of = self.corpus.shape_of(validation)
         return self._loader(self._dataset(index, self.options.plain(), _VALIDATION, shape_of=shape_of), sampler)
 
-    def reference_batches(self, count: int | None, batch_size: int) -> Iterator[ImageTextBatch]:
+    def reference_batches(
+        self, count: int | None, batch_size: int, data_set: str | None = None
+    ) -> Iterator[ImageTextBatch]:
         """A fixed subset of the training images without augmentation, in a fixed mixed order.
 
         The order follows from a hash of the keys: neither seed, rank, epoch nor the spread over shards changes it.
@@ -277,8 +279,12 @@ class ImageTextDataModule(L.LightningDataModule):
         Args:
             count: images; None is all of them.
             batch_size: images per batch; the last may be smaller.
+            data_set: of this one of the mixture alone; None: of all.
         """
-        rows = self.train_index.ranked("reference", count)
+        rows = self.train_index.ranked("reference", None if data_set else count)
+        if data_set is not None:
+            first, end = self.corpus.rows_of(data_set)
+            rows = rows[(first <= rows) & (rows < end)][:count]
         for begin in range(0, len(rows), batch_size):
             positions = np.arange(begin, min(begin + batch_size, len(rows)))
             yield self._references[BatchRequest(0, rows[positions], positions)]

@@ -150,16 +150,14 @@ class FolderShards(Sequence[str]):
                 f"whole JPEG, PNG and WebP files; replace or remove them, or change `{self.key}`"
             )
 
-    def _readable(self) -> Iterator[ShardSample]:
-        """The images, each of which was decoded once; ValueError after the last if one could not be."""
+    def _decode_all(self) -> None:
+        """ValueError, with their names, if there are images that cannot be decoded."""
         broken: list[str] = []
         for sample in self._samples():
             try:
                 decode_rgb(sample.image)
             except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises on damage
                 broken.append(f"{sample.metadata['source']} ({error})")
-                continue
-            yield sample
         self._refuse(broken)
 
     def _write(self, path: Path) -> None:
@@ -169,10 +167,11 @@ class FolderShards(Sequence[str]):
             with locked(self.directory / "folders.lock"):
                 if path.is_file():
                     return
+                self._decode_all()
                 staging = Path(tempfile.mkdtemp(prefix=".folder-", dir=self.directory))
                 try:
                     with ShardWriter(staging) as writer:
-                        for sample in self._readable():
+                        for sample in self._samples():
                             writer.write(sample)
                     for ending in (".parquet", "_stats.json", ".tar"):
                         (staging / f"{_WRITTEN}{ending}").replace(path.with_name(path.stem + ending))

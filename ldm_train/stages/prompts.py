@@ -86,4 +86,4 @@ def save_image(image: Tensor, path: Path, settings: dict[str, object]) -> None:
     info = PngInfo()
     for name, value in settings.items():
         info.add_text(name, str(value))
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, pnginfo=info)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, "PNG", pnginfo=info)
