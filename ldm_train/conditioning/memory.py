@@ -2,7 +2,8 @@
 
 Each caption is encoded alone: rounding depends on how many captions an encoder is given at once, and after a resume a
 caption is met in other company than before. So its states are a function of the caption and the weights alone, bit for
-bit, on one device. They are computed in the weights' own precision, without autocast.
+bit, on one device. They are computed in the weights' own precision, without autocast, and in evaluation mode: torch has
+other kernels for training, with other roundings.
 
 Weights that change make the states wrong. So the memory belongs to encoders that do not learn, and forgets all when any
 weight was written to since, as it is when a checkpoint is loaded.
@@ -71,7 +72,9 @@ class StateMemory:
     @torch.no_grad()
     def _of(self, conditioner: "TextConditioner", caption: str) -> Conditioning:
         if caption not in self._states:
-            device = conditioner.device
+            device, was_training = conditioner.device, conditioner.training
+            conditioner.eval()
             with torch.autocast(device.type, enabled=False):
                 self._states[caption] = conditioner.encode(conditioner.tokens_of([caption], device))
+            conditioner.train(was_training)
         return self._states[caption]

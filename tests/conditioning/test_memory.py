@@ -41,7 +41,7 @@ def test_states_do_not_depend_on_company(make):
     conditioner = make(9)
     together = conditioner(batch(), None)
     for i, caption in enumerate(CAPTIONS):
-        alone = make(None)(batch([caption]), None)
+        alone = make(None).eval()(batch([caption]), None)
         assert equal([entry if entry is None else entry[i : i + 1] for entry in together], alone)
     torch.testing.assert_close(together.context, make(None)(batch(), None).context, rtol=1e-4, atol=1e-5)
 
@@ -96,6 +96,13 @@ def test_autocast_does_not_change_what_is_remembered(make):
     with torch.autocast("cpu", torch.bfloat16):
         states = inside(batch(), None)
     assert equal(states, outside(batch(), None))
+
+
+def test_it_does_not_matter_whether_training_or_evaluation_asks_first(make):
+    training, evaluating = make(9).train(), make(9).eval()
+    assert equal(training(batch(), None), evaluating(batch(), None))
+    assert training.training
+    assert not evaluating.training
 
 
 def test_too_many_captions_name_the_key(make):
