@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -15,24 +16,29 @@ from ldm_train.train import train
 from .conftest import composed
 from .data.conftest import picture
 from .test_end_to_end import command, equal, finish, last
+from .test_pages import ROOT, starting_with
 
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "ImageTextDataModule", "global_step")
 
 
 @pytest.fixture
 def photos(tmp_path):
-    folder = tmp_path / "photos"
+    """The eight images that the README unpacks."""
+    ((_, archive, _, _, *names),) = starting_with("tar")
+    assert len(names) == 8
+    folder = tmp_path / "few"
     folder.mkdir()
-    for i in range(8):
-        (folder / f"{i}.png").write_bytes(picture(40 * i, size=24))
+    subprocess.run(["tar", "-xf", ROOT / archive, "-C", folder, *names], check=True)
     return folder
 
 
 @pytest.fixture
 def overrides(tiny_runs, photos):
     """The command of the README with a few steps and class images."""
+    trainings = starting_with("python", "-m", "ldm_train")
+    (readme,) = (words for words in trainings if "experiment=demo_dreambooth" in words)
     return [
-        "experiment=demo_dreambooth", "debug=tiny", "logger=csv", f"data.mixture.instance_dir={photos}",
+        *(word.replace("=few", f"={photos}") for word in readme), "debug=tiny", "logger=csv",
         f"stage.autoencoder.checkpoint={tiny_runs}/demo_autoencoder/default/checkpoints/last.ckpt",
         f"stage.base_checkpoint={tiny_runs}/demo/default/checkpoints/last.ckpt",
         "data.mixture.num_class_images=10", "sampler.num_steps=2", "callbacks.before_after.num_images=4",
@@ -94,10 +100,10 @@ def test_a_folder_that_changed_is_not_gone_on_with(overrides, photos, tmp_path):
 
 
 def test_a_captioned_folder_trains_without_a_class(overrides, photos, tmp_path):
-    for i in range(8):
-        (photos / f"{i}.txt").write_text(f"picture {i}")
-    overrides = [entry for entry in overrides if "data." not in entry]
-    overrides = ["experiment=demo_lora", *overrides[1:], "data=folder", f"data.shards.folder={photos}"]
+    for path in list(photos.iterdir()):
+        path.with_suffix(".txt").write_text(f"picture {path.stem}")
+    kept = [entry for entry in overrides if not entry.startswith(("data.", "experiment="))]
+    overrides = ["experiment=demo_lora", *kept, "data=folder", f"data.shards.folder={photos}"]
     train(composed(*overrides, root=tmp_path))
     assert last(tmp_path, "demo_lora")["global_step"] == 4
 
