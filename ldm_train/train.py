@@ -83,7 +83,7 @@ def _complete_folders(run: Run) -> None:
     options = run.data.corpus.options  # type: ignore[attr-defined]
     for folder in folders_of(options.shards, options.mixture):
         if folder.prompt is not None and isinstance(run.stage, LatentDiffusion):
-            refuse_if_cut(run.stage.conditioner, folder.prompt, folder.prompt_key)
+            refuse_if_cut(run.stage.conditioner, folder.prompt, f"`{folder.prompt_key}`")
         if folder.wanted is not None:
             make_class_images(run.stage, folder.wanted, run.trainer.strategy.root_device, folder.prompt_key)
 

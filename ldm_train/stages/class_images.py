@@ -71,7 +71,7 @@ def make_class_images(stage: L.LightningModule, wanted: WantedImages, device: to
             f"images of {wanted.prompt!r} are wanted, and {type(stage).__name__} makes none; allowed are stages that "
             f"generate; change `stage`, or set `{key}` to null"
         )
-    refuse_if_cut(stage.conditioner, wanted.prompt, key)
+    refuse_if_cut(stage.conditioner, wanted.prompt, f"`{key}`")
     folder = Path(wanted.folder)
     folder.mkdir(parents=True, exist_ok=True)
     groups = [_Group(wanted, i, min(i + _GROUP, wanted.number)) for i in range(0, wanted.number, _GROUP)]

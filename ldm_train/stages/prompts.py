@@ -70,14 +70,14 @@ def _repeated(start: Original | None, count: int, device: torch.device) -> Origi
 
 
 def refuse_if_cut(conditioner: Conditioner, prompt: str, key: str) -> None:
-    """Raises ValueError, which names the key, if a text encoder would not see the whole prompt."""
+    """Raises ValueError, which says to shorten `key`, if a text encoder would not see the whole prompt."""
     for part in conditioner.modules():
         if isinstance(part, TextConditioner) and (count := part.token_count(prompt)) > part.context_length:
             kept = part.context_length - 2  # start and end marks take one token each
             unseen = part.tokenizer.decode(part.tokenizer.encode(prompt)[kept:]).strip()
             raise ValueError(
                 f"the prompt {prompt!r} has {count} tokens; the text encoder takes {part.context_length} and would not "
-                f"see {unseen!r}; shorten `{key}`"
+                f"see {unseen!r}; shorten {key}"
             )
 
 
