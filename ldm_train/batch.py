@@ -66,6 +66,22 @@ class LatentFacts(NamedTuple):
     moments_per_channel: int
 
 
+class WantedImages(NamedTuple):
+    """Images that a model has to make before they can be data.
+
+    Attributes:
+        prompt: what they show.
+        number: how many.
+        size: their side in pixels.
+        folder: where they are kept.
+    """
+
+    prompt: str
+    number: int
+    size: int
+    folder: str
+
+
 class Conditioning(NamedTuple):
     """What a network is conditioned on besides the noisy latents and the time; `None` where an entry is unused.
 

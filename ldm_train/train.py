@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train.callbacks import RunRecord, finish_wandb
 from ldm_train.checkpoint import UNTRAINED, load_weights, read_checkpoint
 from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain, secrets_in_clear
-from ldm_train.data import ShardReadError
+from ldm_train.data import ShardReadError, folders_of
+from ldm_train.stages import LatentDiffusion, make_class_images, refuse_if_cut
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def train(cfg: DictConfig) -> float | None:
     config = plain(cfg)
     run = build(cfg, callbacks=(RunRecord(config),))
     with _refusals():
+        _complete_folders(run)
         _ = run.data.train_index, run.data.val_index  # type: ignore[attr-defined]  # finds the shards, or does not
         run.stage.check_data(run.data.latent_facts)  # type: ignore[attr-defined, operator]
     try:
@@ -77,6 +79,16 @@ def train(cfg: DictConfig) -> float | None:
         finish_wandb()
     value = run.trainer.callback_metrics.get(cfg.metric)
     return None if value is None else float(value)
+
+
+def _complete_folders(run: Run) -> None:
+    """Let the model make the images that are still missing, and see that it can read the prompts of folders."""
+    options = run.data.corpus.options  # type: ignore[attr-defined]
+    for folder in folders_of(options.shards, options.mixture):
+        if folder.prompt is not None and isinstance(run.stage, LatentDiffusion):
+            refuse_if_cut(run.stage.conditioner, folder.prompt, f"`{folder.prompt_key}`")
+        if folder.wanted is not None:
+            make_class_images(run.stage, folder.wanted, run.trainer.strategy.root_device, folder.prompt_key)
 
 
 def resume_path(resume: str, run_dir: Path) -> Path | None:

@@ -36,6 +36,8 @@ def filled(cfg: DictConfig, runs: Path) -> DictConfig:
     choices = {
         "name": "test",
         "data.shards": f"{cfg.paths.assets}/noto_emoji/*.tar",
+        "data.shards.folder": "photos",
+        "data.mixture.instance_dir": "photos",
         "stage.autoencoder.checkpoint": str(runs / "demo_autoencoder/default/checkpoints/last.ckpt"),
         "conditioner.encoder.weights": "untrained",
         "stage.base_checkpoint": str(runs / "demo/default/checkpoints/last.ckpt"),

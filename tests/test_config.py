@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train import config
 from ldm_train.config import ConfigError, build, check, conf_dir, explain_override, plain, secrets_in_clear
+from ldm_train.train import train
 
 from .conftest import composed, filled
 
@@ -80,8 +81,17 @@ def refusal(built, tmp_path):
 BEGINS_FROM_ANOTHER = {"autoencoder_decoder": ["autoencoder=tiny"]}
 
 
+@pytest.fixture(scope="module")
+def tiny_ldm_512(tmp_path_factory):
+    """A checkpoint of `ldm_512` in its small shape, for what is built on it."""
+    root = tmp_path_factory.mktemp("ldm_512")
+    shared = ["experiment=ldm_512", "debug=tiny", "data=emoji", "logger=csv", "callbacks.samples=null"]
+    train(composed(*shared, "trainer.max_steps=1", "trainer.val_check_interval=null", root=root))
+    return root / "ldm_512/default/checkpoints/last.ckpt"
+
+
 @pytest.mark.parametrize("experiment", names("experiment"))
-def test_every_experiment_is_accepted_and_builds(experiment, tiny_runs, torch_cache):
+def test_every_experiment_is_accepted_and_builds(experiment, tiny_runs, tiny_ldm_512, torch_cache):
     overrides = [f"experiment={experiment}", "trainer.accelerator=cpu", "logger=csv"]
     if experiment in BEGINS_FROM_ANOTHER:
         begun = tiny_runs / "demo_autoencoder/default/checkpoints/last.ckpt"
@@ -89,6 +99,8 @@ def test_every_experiment_is_accepted_and_builds(experiment, tiny_runs, torch_ca
     if experiment in names("shapes/tiny"):  # accepted as it is, built in a small shape
         check(filled(composed(*overrides, root=tiny_runs), tiny_runs))
         overrides += ["debug=tiny"]
+    if experiment == "dreambooth":
+        overrides += [f"stage.base_checkpoint={tiny_ldm_512}"]
     cfg = filled(composed(*overrides, root=tiny_runs), tiny_runs)
     run = check_and_build(cfg)
     assert run.trainer.max_steps == cfg.trainer.max_steps

@@ -76,7 +76,7 @@ def first(override: str) -> str:
 
 def test_every_kind_of_command_is_found():
     """A page whose blocks are written in another way would pass all other tests."""
-    assert {Path(program).name for program, *_ in commands()} == {"make", "python", "source", "wandb"}
+    assert {Path(program).name for program, *_ in commands()} == {"make", "mkdir", "python", "source", "tar", "wandb"}
     assert len(starting_with("python", "-m", "ldm_train")) >= 10
     assert ["demo"] in starting_with("make")
     assert ["test"] in starting_with("make")

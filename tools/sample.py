@@ -16,19 +16,14 @@ the first 64 with their prompts.
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm_train.batch import ImageTextBatch
 from ldm_train.callbacks.drawing import Tile, captioned_grid
 from ldm_train.checkpoint import digest
 from ldm_train.conditioning import (
@@ -37,7 +32,6 @@ from ldm_train.conditioning import (
     LabelConditioner,
     MaskConditioner,
     SemanticMapConditioner,
-    TextConditioner,
 )
 from ldm_train.config import load_run
 from ldm_train.data.transforms import center_square, decode_rgb
@@ -50,10 +44,10 @@ from ldm_train.diffusion import (
     HeunSampler,
     Sampler,
 )
-from ldm_train.metrics import to_uint8
 from ldm_train.nn import inject_lora, load_lora_state_dict, lora_layers, lora_shape
 from ldm_train.stages import LatentDiffusion, LoRAFineTuning, Original
 from ldm_train.stages.lora import OF_TRAINING
+from ldm_train.stages.prompts import Request, images_of, refuse_if_cut, save_image
 
 SHOWN = 64  # images on the grid
 SAMPLERS: dict[str, type[Sampler]] = {
@@ -63,20 +57,6 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "heun": HeunSampler,
     "dpm_solver": DPMSolverSampler,
 }
-
-
-@dataclass(frozen=True)
-class Request:
-    """One image to make: of a prompt, and of a class where there are classes."""
-
-    prompt: str
-    seed: int
-    label: int | None = None
-
-    @property
-    def caption(self) -> str:
-        """What the image is of, for people."""
-        return self.prompt if self.label is None else f"class {self.label} {self.prompt}".strip()
 
 
 def load_stage(checkpoint: Path) -> tuple[LatentDiffusion, int]:
@@ -173,18 +153,6 @@ def check_conditions(conditioner: Conditioner, arguments: argparse.Namespace) ->
         )
 
 
-def refuse_if_cut(conditioner: Conditioner, prompt: str) -> None:
-    """Raises ValueError if a text encoder would not see the whole prompt."""
-    for part in conditioner.modules():
-        if isinstance(part, TextConditioner) and (count := part.token_count(prompt)) > part.context_length:
-            kept = part.context_length - 2  # start and end marks take one token each
-            unseen = part.tokenizer.decode(part.tokenizer.encode(prompt)[kept:]).strip()
-            raise ValueError(
-                f"the prompt {prompt!r} has {count} tokens; the text encoder takes {part.context_length} and would not "
-                f"see {unseen!r}; shorten --prompt"
-            )
-
-
 def read_square(path: Path, size: int, option: str) -> Tensor:
     """The middle of a picture: (3, size, size) in [-1, 1].
 
@@ -218,51 +186,6 @@ def original(arguments: argparse.Namespace, size: int) -> Original | None:
     return Original(read_square(arguments.image, size, "--image"), strength, known)
 
 
-def generate(
-    stage: LatentDiffusion,
-    size: int,
-    requests: list[Request],
-    batch_size: int,
-    negative: str | None = None,
-    start: Original | None = None,
-) -> Iterator[Tensor]:
-    """The requested images in order: (3, size, size) bytes on the CPU."""
-    for begin in range(0, len(requests), batch_size):
-        part = requests[begin : begin + batch_size]
-        seeds = torch.tensor([request.seed for request in part], device=stage.device)
-        batch = ImageTextBatch(
-            image=torch.zeros(len(part), 3, size, size, device=stage.device),
-            caption=[request.prompt for request in part],
-            sample_id=seeds,
-            position=torch.arange(begin, begin + len(part), device=stage.device),
-            epoch=0,
-            key=[f"seed {request.seed}" for request in part],
-        )
-        if part[0].label is not None:
-            batch["label"] = torch.tensor([request.label for request in part], device=stage.device)
-        away = None if negative is None else batch | {"caption": [negative] * len(part)}
-        yield from to_uint8(stage.generate(batch, seeds, away, repeated(start, len(part), stage.device))).cpu()
-
-
-def repeated(start: Original | None, count: int, device: torch.device) -> Original | None:
-    """The one image and mask, `count` times."""
-    if start is None:
-        return None
-    image, known = (
-        None if entry is None else entry.to(device).expand(count, *entry.shape) for entry in (start.image, start.known)
-    )
-    assert image is not None
-    return Original(image, start.strength, known)
-
-
-def save_image(image: Tensor, path: Path, settings: dict[str, object]) -> None:
-    """Write (3, H, W) bytes as a PNG whose text fields hold the settings."""
-    info = PngInfo()
-    for name, value in settings.items():
-        info.add_text(name, str(value))
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, pnginfo=info)
-
-
 def sample(arguments: argparse.Namespace, console: Console) -> None:
     """Run the tool.
 
@@ -279,7 +202,7 @@ def sample(arguments: argparse.Namespace, console: Console) -> None:
         add_lora(stage, arguments.lora, console)
     scale_lora(stage, arguments.lora_scale)
     for prompt in [*prompts, *([] if arguments.negative is None else [arguments.negative])]:
-        refuse_if_cut(stage.conditioner, prompt)
+        refuse_if_cut(stage.conditioner, prompt, "--prompt")
     stage = stage.to(arguments.device).eval()
     wanted = list(itertools.product(prompts or [""], arguments.label or [None], range(arguments.per_prompt)))
     requests = [Request(prompt, arguments.seed + i, label) for i, (prompt, label, _) in enumerate(wanted)]
@@ -288,7 +211,7 @@ def sample(arguments: argparse.Namespace, console: Console) -> None:
         shared |= {"lora": arguments.lora or "in the checkpoint", "lora_scale": arguments.lora_scale}
     arguments.output.mkdir(parents=True, exist_ok=True)
     tiles = []
-    images = generate(stage, size, requests, arguments.batch, arguments.negative, start)
+    images = images_of(stage, size, requests, arguments.batch, arguments.negative, start)
     for i, image in enumerate(track(images, "images", len(requests), console=console)):
         settings = {"prompt": requests[i].caption, "seed": requests[i].seed, **shared}
         save_image(image, arguments.output / f"{i:05d}.png", settings)

@@ -70,11 +70,12 @@ class AdapterGrid(L.Callback):
     Args:
         run_dir: the run's directory.
         num_images: how many of the training captions.
+        data_set: of this one of the mixture alone; `None`: of all.
     """
 
-    def __init__(self, run_dir: str, num_images: int = 8) -> None:
+    def __init__(self, run_dir: str, num_images: int = 8, data_set: str | None = None) -> None:
         self.path = Path(run_dir) / "lora" / "before_after.png"
-        self.num_images = num_images
+        self.num_images, self.data_set = num_images, data_set
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draws the trained adapters."""
@@ -89,7 +90,8 @@ class AdapterGrid(L.Callback):
         """Draws the sheet, on rank 0."""
         if not trainer.is_global_zero:
             return
-        batch = next(iter(trainer.datamodule.reference_batches(self.num_images, self.num_images)))  # type: ignore[attr-defined]
+        count = self.num_images
+        batch = next(iter(trainer.datamodule.reference_batches(count, count, self.data_set)))  # type: ignore[attr-defined]
         with evaluation_weights(trainer, pl_module):
             after = generated(trainer, pl_module, batch)
             with pl_module.adapters_disabled():  # type: ignore[operator]

@@ -21,9 +21,8 @@ import torch
 from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
-from ldm_train.batch import Conditioning, ImageTextBatch
-from ldm_train.conditioning.text import TextConditioner
-from ldm_train.nn import FirstStage
+from ldm_train.batch import Conditioning
+from ldm_train.conditioning.text import TextConditioner, Tokens
 
 Activation = Literal["gelu", "quick_gelu"]
 Layer = Literal["last", "penultimate"]
@@ -119,6 +118,7 @@ class CLIPTextConditioner(TextConditioner):
             Diffusion 2, and CLIP itself).
         vector_dim: D, for a vector of the caption as a whole; `None` gives none, as in Stable Diffusion.
         drop_rate: the share of training captions replaced by the empty one.
+        remember: captions whose states are kept, for small data sets; `None` keeps none.
 
     Raises:
         ValueError: if the widths differ, or for an unknown padding.
@@ -133,9 +133,10 @@ class CLIPTextConditioner(TextConditioner):
         padding: Padding = "end",
         vector_dim: int | None = None,
         drop_rate: float = 0.1,
+        remember: int | None = None,
     ) -> None:
         _check("padding", padding, tuple(_PADDING), "conditioner")
-        super().__init__(encoder.context_length, _PADDING[padding], drop_rate)
+        super().__init__(encoder.context_length, _PADDING[padding], drop_rate, remember)
         for name, stated in (("context_dim", context_dim), ("vector_dim", vector_dim)):
             if stated not in (encoder.width, None):
                 raise ValueError(
@@ -145,9 +146,13 @@ class CLIPTextConditioner(TextConditioner):
         self.context_dim, self.vector_dim = context_dim, vector_dim
         self.encoder = encoder
 
-    def forward(self, batch: ImageTextBatch, first_stage: FirstStage, drop: Tensor | None = None) -> Conditioning:
-        """Encode B captions; `drop` (B,) bool marks those replaced by the empty one."""
-        tokens = self.tokens(batch, drop, self.encoder.tower.positional_embedding.device)
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder is."""
+        return self.encoder.tower.positional_embedding.device
+
+    def encode(self, tokens: Tokens) -> Conditioning:
+        """All tokens' states, and if wanted that at the end mark."""
         context = self.encoder(tokens.number)
         if self.vector_dim is None:
             return Conditioning(context=context)

@@ -16,7 +16,7 @@ Padding is hidden from the transformer and from the mean. CLIP's frozen encoder 
 Letters: B batch, N tokens, D width.
 """
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import open_clip
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ldm_train.batch import Conditioning, ImageTextBatch
 from ldm_train.conditioning.conditioner import Conditioner
+from ldm_train.conditioning.memory import StateMemory
 from ldm_train.nn import FirstStage
 
 _MARKS = 2  # start and end
@@ -50,6 +51,7 @@ class TextConditioner(Conditioner, ABC):
         context_length: N, tokens kept of a caption, start and end marks included; longer ones are cut.
         padding: the token number after the end mark; `None` repeats the end mark.
         drop_rate: the share of training captions replaced by the empty one.
+        remember: captions whose states are kept while the encoder does not learn, see `StateMemory`; `None` keeps none.
 
     Attributes:
         context_length: N.
@@ -59,8 +61,9 @@ class TextConditioner(Conditioner, ABC):
         ValueError: if the marks alone do not fit.
     """
 
-    def __init__(self, context_length: int, padding: int | None, drop_rate: float) -> None:
+    def __init__(self, context_length: int, padding: int | None, drop_rate: float, remember: int | None = None) -> None:
         super().__init__(drop_rate)
+        self._memory = None if remember is None else StateMemory(remember)
         if context_length < _MARKS:
             raise ValueError(
                 f"context_length is {context_length}; allowed are numbers from {_MARKS}, which the start and end marks "
@@ -70,16 +73,32 @@ class TextConditioner(Conditioner, ABC):
         self.tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=context_length)
         self.padding = self.tokenizer.eot_token_id if padding is None else padding
 
+    @abstractmethod
+    def encode(self, tokens: Tokens) -> Conditioning:
+        """The states of B captions."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the encoder is."""
+
+    def forward(self, batch: ImageTextBatch, first_stage: FirstStage, drop: Tensor | None = None) -> Conditioning:
+        """Encode B captions; `drop` (B,) bool marks those replaced by the empty one."""
+        if self._memory is None or any(parameter.requires_grad for parameter in self.parameters()):
+            return self.encode(self.tokens(batch, drop, self.device))
+        return self._memory(self, batch["caption"], drop)
+
     def tokens(self, batch: ImageTextBatch, drop: Tensor | None, device: torch.device) -> Tokens:
         """The captions of a batch; `drop` (B,) bool marks those replaced by the empty one."""
         if drop is None:
-            return self._tokenised(batch["caption"], device)
+            return self.tokens_of(batch["caption"], device)
         # On the device: to look which captions are dropped would make the host wait for it in every step.
-        given, empty = (self._tokenised(captions, device) for captions in (batch["caption"], [""]))
+        given, empty = (self.tokens_of(captions, device) for captions in (batch["caption"], [""]))
         pairs = zip(empty, given, strict=True)
         return Tokens(*(torch.where(drop.to(device)[:, None], null, own) for null, own in pairs))
 
-    def _tokenised(self, captions: list[str], device: torch.device) -> Tokens:
+    def tokens_of(self, captions: list[str], device: torch.device) -> Tokens:
+        """B captions as they are."""
         encoded = [self.tokenizer.encode(caption) for caption in captions]
         kept = self.context_length - _MARKS
         start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
@@ -105,6 +124,7 @@ class TransformerTextConditioner(TextConditioner):
         token_dim: width of the token embedding, mapped to D by a matrix; smaller than D where most of a large
             vocabulary is rarely seen (Lan et al. 2020, section 3.1). `None` means D.
         drop_rate: the share of training captions replaced by the empty one.
+        remember: captions whose states are kept where the encoder is frozen, as beside adapters; `None` keeps none.
 
     Raises:
         ValueError: if the heads do not divide the width.
@@ -118,8 +138,9 @@ class TransformerTextConditioner(TextConditioner):
         num_heads: int = 4,
         token_dim: int | None = None,
         drop_rate: float = 0.1,
+        remember: int | None = None,
     ) -> None:
-        super().__init__(context_length, 0, drop_rate)
+        super().__init__(context_length, 0, drop_rate, remember)
         if context_dim % num_heads:
             raise ValueError(
                 f"context_dim {context_dim} cannot be split into {num_heads} heads; allowed are divisors of it; change "
@@ -139,9 +160,13 @@ class TransformerTextConditioner(TextConditioner):
         nn.init.normal_(self.embedding.weight, std=1.0 if token_dim != context_dim else context_dim**-0.5)
         nn.init.normal_(self.position, std=_INITIAL_STD)
 
-    def forward(self, batch: ImageTextBatch, first_stage: FirstStage, drop: Tensor | None = None) -> Conditioning:
-        """Encode B captions; `drop` (B,) bool marks those replaced by the empty one."""
-        tokens = self.tokens(batch, drop, self.position.device)
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder is."""
+        return self.position.device
+
+    def encode(self, tokens: Tokens) -> Conditioning:
+        """All tokens' states, and the mean over each caption's own."""
         embedded = self.widen(self.embedding(tokens.number)) + self.position  # (B, N, D)
         context = self.norm(self.transformer(embedded, src_key_padding_mask=~tokens.is_own))
         own = tokens.is_own[..., None]

@@ -25,6 +25,7 @@ from ldm_train.data.filters import (
     Minimum,
     MinimumSize,
 )
+from ldm_train.data.folders import FolderShards, folders_of
 from ldm_train.data.index import Damage, ShardIndex, build_index
 from ldm_train.data.labels import FieldLabel, Label
 from ldm_train.data.latents import LatentCache, LatentTextDataset
@@ -38,6 +39,7 @@ from ldm_train.data.segmentation import ColourRegions, PixelClassifier, Segmenta
 from ldm_train.data.shard_cache import ShardCache
 from ldm_train.data.shards import ShardReader, scan_shard
 from ldm_train.data.storage import LocalFiles, Routed, ShardReadError, Storage
+from ldm_train.data.subject import subject_mixture
 
 __all__ = [
     "AspectBuckets",
@@ -56,6 +58,7 @@ __all__ = [
     "FieldLabel",
     "FieldNotIn",
     "Filter",
+    "FolderShards",
     "ImageOptions",
     "ImageTextDataModule",
     "ImageTextDataset",
@@ -97,5 +100,7 @@ __all__ = [
     "bucket_shapes",
     "build_index",
     "expand_shards",
+    "folders_of",
     "scan_shard",
+    "subject_mixture",
 ]

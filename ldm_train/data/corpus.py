@@ -22,7 +22,7 @@ from ldm_train.data.crops import Shape
 from ldm_train.data.filters import Filter
 from ldm_train.data.index import Damage, ShardIndex, build_index
 from ldm_train.data.locations import expand_shards, shown
-from ldm_train.data.mixed_order import MixedOrder
+from ldm_train.data.mixed_order import LARGE_BLOCK, MixedOrder
 from ldm_train.data.order import Order, ShuffledOrder
 from ldm_train.data.shard_cache import ShardCache
 from ldm_train.data.storage import LOCAL_FILES, Routed, Storage
@@ -40,6 +40,7 @@ class CorpusOptions:
         shards: the tar files of one data set, or None where there is a mixture.
         mixture: name -> `shards` and `weight` of each data set that is mixed; None: there is one.
         mixture_length: images of an epoch of the mixture; None is all of them.
+        mixture_block: images in a row in which the shares are exact; None is 4,096.
         val_fraction: share of the samples kept for validation, chosen by a hash of their keys.
         val_shards: shards to validate on, instead of `val_fraction`.
         filters: which samples take part.
@@ -62,6 +63,7 @@ class CorpusOptions:
     shards: Shards | None = None
     mixture: Mapping[str, Mapping[str, Any]] | None = None
     mixture_length: int | None = None
+    mixture_block: int | None = None
     val_fraction: float = 0.0
     val_shards: Shards | None = None
     filters: Sequence[Filter] = ()
@@ -77,7 +79,7 @@ class CorpusOptions:
     index_workers: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("limit", "mixture_length", "shuffle_groups", "shuffle_window"):
+        for key in ("limit", "mixture_length", "mixture_block", "shuffle_groups", "shuffle_window"):
             value = getattr(self, key)
             check(value is None or value > 0, key, value, "positive")
         check(0.0 <= self.val_fraction < 1.0, "val_fraction", self.val_fraction, "at least 0 and below 1")
@@ -93,7 +95,8 @@ class CorpusOptions:
     def _check_mixture(self) -> None:
         if self.mixture is None:
             check(self.shards is not None, "shards", self.shards, "tar files, or null beside `data.mixture`")
-            check(self.mixture_length is None, "mixture_length", self.mixture_length, "null without `data.mixture`")
+            for key in ("mixture_length", "mixture_block"):
+                check(getattr(self, key) is None, key, getattr(self, key), "null without `data.mixture`")
             return
         check(self.shards is None, "shards", self.shards, "null beside `data.mixture`, which names the shards")
         check(self.limit is None, "limit", self.limit, "null beside `data.mixture`")
@@ -172,12 +175,26 @@ class Corpus:
         starts = self.training.index.starts
         if self.options.mixture is None:
             return self._order(0, len(starts) - 1)
-        ends = np.cumsum([len(paths) for paths in self._sources.values()]).tolist()
-        shards = list(zip([0, *ends[:-1]], ends, strict=True))
+        shards = list(self._shards_of.values())
         weights = [float(source["weight"]) for source in self.options.mixture.values()]
         first_rows = [int(starts[first]) for first, _ in shards]
         orders = [self._order(*span) for span in shards]
-        return MixedOrder(orders, first_rows, weights, self.options.seed, self.options.mixture_length)
+        options = self.options
+        return MixedOrder(
+            orders, first_rows, weights, options.seed, options.mixture_length, options.mixture_block or LARGE_BLOCK
+        )
+
+    def rows_of(self, name: str) -> tuple[int, int]:
+        """The first training row of a data set of the mixture, and the one after its last.
+
+        Raises:
+            ValueError: if there is no such data set.
+        """
+        spans = self._shards_of
+        if name not in spans:
+            raise ValueError(f"there is no data set {name!r}; allowed are {', '.join(spans)}; change `data.mixture`")
+        first, end = (int(self.training.index.starts[shard]) for shard in spans[name])
+        return first, end
 
     def identity(self) -> dict[str, object]:
         """What the meaning of a position in training depends on, as plain values."""
@@ -245,6 +262,12 @@ class Corpus:
     def _val_paths(self) -> tuple[str, ...]:
         shards = self.options.val_shards
         return expand_shards(shards, "data.val_shards", self.cache.glob) if shards else ()
+
+    @property
+    def _shards_of(self) -> dict[str, tuple[int, int]]:
+        """Name -> the number of the first shard of each data set, and of the one after its last."""
+        ends = np.cumsum([len(paths) for paths in self._sources.values()]).tolist()
+        return dict(zip(self._sources, zip([0, *ends[:-1]], ends, strict=True), strict=True))
 
     @cached_property
     def _sources(self) -> dict[str, tuple[str, ...]]:

@@ -9,7 +9,6 @@ Lightning calls, on resume: `setup`, `load_state_dict`, `train_dataloader`, one 
 """
 
 import json
-import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -27,7 +26,15 @@ from ldm_train.data.buckets import AspectBuckets, ShapeOfRow
 from ldm_train.data.captions import CaptionSource, TextCaption
 from ldm_train.data.corpus import Corpus, CorpusOptions, Shards, check
 from ldm_train.data.crops import Crop, Shape, crop_of
-from ldm_train.data.dataset import INTERPOLATIONS, ImageOptions, ImageTextDataset, Sample
+from ldm_train.data.dataset import (
+    INTERPOLATIONS,
+    ImageOptions,
+    ImageTextDataset,
+    Sample,
+    as_is,
+    start_worker,
+    with_signed_image,
+)
 from ldm_train.data.filters import Filter
 from ldm_train.data.index import IMAGE, METADATA, ShardIndex
 from ldm_train.data.labels import Label
@@ -38,27 +45,10 @@ from ldm_train.data.remote import RemoteFiles
 from ldm_train.data.sampler import BatchRequest, Position, TrainingSampler, ValidationSampler
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 from ldm_train.data.shard_cache import ShardCache
-from ldm_train.data.transforms import to_signed_unit
 
 _STATE_VERSION = 1
 _PLACE = ("epoch", "samples", "global_batch_size")  # of a state: where training stands, no identity
 _TRAINING, _VALIDATION = "training", "validation"
-
-
-def _start_worker(worker_id: int) -> None:
-    """Workers leave threads to their siblings, and signals to the main process, which must save before they go."""
-    torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def with_signed_image(batch: ImageTextBatch) -> ImageTextBatch:
-    """A batch as a loader gives it, its image as float32 in [-1, 1]."""
-    return batch | {"image": to_signed_unit(batch["image"])} if "image" in batch else batch
-
-
-def _as_is(batch: object) -> object:
-    return batch
 
 
 class ImageTextDataModule(L.LightningDataModule):
@@ -95,6 +85,7 @@ class ImageTextDataModule(L.LightningDataModule):
         bucket_unit: images of one shape in a row, which the global batch must divide; needs `buckets`.
         mixture: name -> `shards` and `weight` of data sets that are mixed, see `MixedOrder`.
         mixture_length: images of an epoch of the mixture; None is all of them.
+        mixture_block: images in a row in which the shares of the mixture are exact, see `MixedOrder`; None is 4,096.
         index_dir: folder that keeps indices between runs; None indexes in memory.
         index_workers: processes that index shards; 0 and 1 use the main one.
         cache_dir: node-local directory for copies of remote shards, see `ShardCache`; None: under `TMPDIR`.
@@ -138,6 +129,7 @@ class ImageTextDataModule(L.LightningDataModule):
         bucket_unit: int = 0,
         mixture: Mapping[str, Mapping[str, Any]] | None = None,
         mixture_length: int | None = None,
+        mixture_block: int | None = None,
         index_dir: str | None = None,
         index_workers: int = 0,
         cache_dir: str | None = None,
@@ -155,7 +147,7 @@ class ImageTextDataModule(L.LightningDataModule):
         self.options = ImageOptions(image_size, crop, flip, *decoding, caption, label, segmentation)
         self.shard_cache = ShardCache(cache_dir, cache_bytes, RemoteFiles(storage_options), num_workers)
         self._check_arguments()
-        which = shards, mixture, mixture_length, val_fraction, val_shards, list(filters or ()), limit
+        which = shards, mixture, mixture_length, mixture_block, val_fraction, val_shards, list(filters or ()), limit
         extension = segmentation.extension if isinstance(segmentation, SegmentationMember) else None
         shapes, order = (buckets, bucket_unit, image_size), (shuffle_groups, shuffle_window)
         self.corpus = Corpus(
@@ -281,7 +273,9 @@ class ImageTextDataModule(L.LightningDataModule):
         shape_of = self.corpus.shape_of(validation)
         return self._loader(self._dataset(index, self.options.plain(), _VALIDATION, shape_of=shape_of), sampler)
 
-    def reference_batches(self, count: int | None, batch_size: int) -> Iterator[ImageTextBatch]:
+    def reference_batches(
+        self, count: int | None, batch_size: int, data_set: str | None = None
+    ) -> Iterator[ImageTextBatch]:
         """A fixed subset of the training images without augmentation, in a fixed mixed order.
 
         The order follows from a hash of the keys: neither seed, rank, epoch nor the spread over shards changes it.
@@ -289,8 +283,12 @@ class ImageTextDataModule(L.LightningDataModule):
         Args:
             count: images; None is all of them.
             batch_size: images per batch; the last may be smaller.
+            data_set: of this one of the mixture alone; None: of all.
         """
-        rows = self.train_index.ranked("reference", count)
+        rows = self.train_index.ranked("reference", None if data_set else count)
+        if data_set is not None:
+            first, end = self.corpus.rows_of(data_set)
+            rows = rows[(first <= rows) & (rows < end)][:count]
         for begin in range(0, len(rows), batch_size):
             positions = np.arange(begin, min(begin + batch_size, len(rows)))
             yield with_signed_image(self._references[BatchRequest(0, rows[positions], positions)])
@@ -327,12 +325,12 @@ class ImageTextDataModule(L.LightningDataModule):
             dataset,
             sampler=sampler,
             batch_size=None,  # the sampler asks for batches, and a worker makes one at a time
-            collate_fn=_as_is,
+            collate_fn=as_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # else every iteration would draw from the run's own generator
         )
 

@@ -5,6 +5,7 @@ and, with several ranks, the number of steps. A substitute, the same on every at
 place; the failure is counted and written down, and too many of them end the run.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +27,7 @@ from ldm_train.data.sampler import BatchRequest, substitute_rows
 from ldm_train.data.segmentation import PixelClassifier, SegmentationMember
 from ldm_train.data.shards import ShardReader
 from ldm_train.data.storage import ShardReadError
-from ldm_train.data.transforms import cut, decode_reduced, resize, resize_classes
+from ldm_train.data.transforms import cut, decode_reduced, resize, resize_classes, to_signed_unit
 from ldm_train.randomness import Stream, uniform, visit_id
 
 _SUBSTITUTES = 16
@@ -257,3 +258,20 @@ class ImageTextDataset(Dataset[ImageTextBatch]):
             return None if source is None else source(image)
         classes = source.decode(self.index.read(self.reader, row, SEGMENTATION), size.height, size.width)
         return resize_classes(cut(classes, box), shape)
+
+
+def start_worker(worker_id: int) -> None:
+    """Workers leave threads to their siblings, and signals to the main process, which must save before they go."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def as_is(batch: object) -> object:
+    """What a loader collates: the data set makes whole batches."""
+    return batch
+
+
+def with_signed_image(batch: ImageTextBatch) -> ImageTextBatch:
+    """A batch as a loader gives it, its image as float32 in [-1, 1]."""
+    return batch | {"image": to_signed_unit(batch["image"])} if "image" in batch else batch

@@ -1,17 +1,19 @@
 """Several data sets in one sequence, each with its weight: deterministic mixing.
 
 Source k of K has an order of its own and is drawn with weight w_k. The sequence has no end; an epoch is a piece of it
-of L positions, so position p of epoch e is g = e L + p. It is made of blocks of M = 4,096:
+of L positions, so position p of epoch e is g = e L + p. It is made of blocks of M positions, 4,096 unless a smaller
+number has exact shares:
 
 1. each block holds exactly n_k positions of source k, the largest remainders of M w_k / (w_1 + ... + w_K);
 2. position g is in block q = g // M, whose positions are dealt to the sources in a random permutation; if r positions
    before it in the block belong to its source k, it is draw i = q n_k + r of that source;
 3. draw i is position i mod N_k of epoch i // N_k of the source's own order.
 
-So shares are exact in every block, each source goes through its own permutation completely before it begins another,
-whatever its weight, and a jump costs one block. Weights proportional to the sizes N_k with L = N_1 + ... + N_K show
-each sample about once an epoch. A small source of large weight comes several times within one epoch of the mixture:
-`visits` gives its own epoch, which tells these visits apart where draws are keyed by (seed, epoch, sample id).
+So shares are exact in every block, and in every global batch that small blocks divide; each source goes through its
+own permutation completely before it begins another, whatever its weight, and a jump costs one block. Weights
+proportional to the sizes N_k with L = N_1 + ... + N_K show each sample about once an epoch. A small source of large
+weight comes several times within one epoch of the mixture: `visits` gives its own epoch, which tells these visits apart
+where draws are keyed by (seed, epoch, sample id).
 
 Sources may be in units of one shape, see `BucketedOrder`, if all have the same unit U; then "position" in the above
 reads "unit", and N_k and L count units.
@@ -24,7 +26,8 @@ import numpy as np
 
 from ldm_train.data.order import Order, Purpose, interleave, keyed_words
 
-_BLOCK = 4096
+LARGE_BLOCK = 4096
+_TOLERANCE = 1e-9  # of a share, which floats state inexactly
 
 
 def apportion(weights: Sequence[float], places: int) -> np.ndarray:
@@ -48,6 +51,7 @@ class MixedOrder:
         weights: (K,) shares, of any sum.
         seed: the run's seed.
         length: L, positions of an epoch; None is the sum of the sources' lengths.
+        block: M; below 4,096 the weights must have exact places in it.
 
     Raises:
         ValueError: if the arguments contradict each other, or a weight is too small to have a place in a block.
@@ -60,6 +64,7 @@ class MixedOrder:
         weights: Sequence[float],
         seed: int,
         length: int | None = None,
+        block: int = LARGE_BLOCK,
     ) -> None:
         units = sorted({source.unit for source in sources})
         if not len(sources) == len(first_rows) == len(weights) > 0 or len(units) > 1:
@@ -71,12 +76,8 @@ class MixedOrder:
             raise ValueError(f"weights are {list(weights)}; each must be above 0 and finite: change `data.mixture`.")
         self.sources, self.seed, self.unit = list(sources), seed, units[0]
         self._size = self.unit or 1
-        self._counts = apportion(weights, _BLOCK)
-        if not self._counts.all():
-            raise ValueError(
-                f"weights are {list(weights)}, of which the smallest has no place among {_BLOCK} images. Each must be "
-                f"about 1/{_BLOCK} of their sum at least: change `data.mixture`."
-            )
+        self._block, self._counts = block, apportion(weights, block)
+        self._check_shares(weights)
         self._first_rows = [int(row) for row in first_rows]
         total = sum(map(len, sources)) if length is None else length
         self._length = total // self._size  # in units
@@ -115,10 +116,24 @@ class MixedOrder:
             "mixture_sources": [{"length": len(source), **source.describe()} for source in self.sources],
         }
 
+    def _check_shares(self, weights: Sequence[float]) -> None:
+        if not self._counts.all():
+            raise ValueError(
+                f"weights are {list(weights)}, of which the smallest has no place among {self._block} images. Each "
+                f"must be about 1/{self._block} of their sum at least: change `data.mixture` or `data.mixture_block`."
+            )
+        shares = np.array(weights) / sum(weights)
+        if self._block < LARGE_BLOCK and np.abs(self._counts / self._block - shares).max() > _TOLERANCE:
+            raise ValueError(
+                f"weights are {list(weights)}, of which {self._block} images would have {self._counts.tolist()}. In "
+                "small blocks shares must be exact, as 2 to 1 are in 3 images or 6: change `data.mixture_block`, to "
+                f"null for blocks of {LARGE_BLOCK}, or the weights in `data.mixture`."
+            )
+
     def _draws(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of positions (B,) the source, its own epoch, and the position in that."""
         unit, place = np.divmod(positions, self._size)
-        block, slot = np.divmod(epoch * self._length + unit, _BLOCK)
+        block, slot = np.divmod(epoch * self._length + unit, self._block)
         source, draw = np.empty_like(slot), np.empty_like(slot)
         for number in np.unique(block).tolist():
             here = block == number
@@ -129,6 +144,7 @@ class MixedOrder:
 
     def _enter(self, block: int) -> None:
         if self._entered != block:
-            self._source, before = interleave(self._counts, keyed_words(_BLOCK, Purpose.SOURCES, self.seed, 0, block))
+            words = keyed_words(self._block, Purpose.SOURCES, self.seed, 0, block)
+            self._source, before = interleave(self._counts, words)
             self._draw = block * self._counts[self._source] + before
             self._entered = block
