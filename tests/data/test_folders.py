@@ -7,7 +7,6 @@ import os
 
 import numpy as np
 import pytest
-import torch
 
 from ldm_train.data import FolderShards, ImageTextDataModule
 from ldm_train.data.folders import folders_of, holds
