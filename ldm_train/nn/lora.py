@@ -78,7 +78,7 @@ def attach_adapters(
     _check_fit(adaptable_layers(module), name, adapters)
     for key, change in adapters.items():
         layer = _adapted(module, key)
-        layer.adapters[name] = Adapter(change, layer.weight, multiplier, dropout)
+        layer.adapters[name] = Adapter(change, layer.weight, multiplier, dropout).train(layer.training)
 
 
 def detach_adapters(module: nn.Module, name: str | None = None) -> None:
