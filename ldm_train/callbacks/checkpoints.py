@@ -5,22 +5,18 @@
 saved as raw and averaged ones as averaged.
 """
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Checkpoint
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ldm_train.callbacks.ema import evaluation_weights
-from ldm_train.checkpoint import atomic_write, replace_durably
-from ldm_train.nn import LowRank
-from ldm_train.stages import LoRAFineTuning
+from ldm_train.checkpoint import replace_durably
+from ldm_train.interchange import AdapterBase, AdapterMetadata, write_adapters
+from ldm_train.stages import LoRAFineTuning, text_shape
 
 
 class CheckpointWriter(Checkpoint):
@@ -89,49 +85,25 @@ class RunRecord(L.Callback):
 class AdapterExport(L.Callback):
     """Writes the adapters alone, averaged if they are averaged, as safetensors at the end of training.
 
+    The file says which architecture and which weights the adapters belong to (`ldm_train.interchange.AdapterMetadata`);
+    `tools/lora.py convert` gives it the layout of another program.
+
     Args:
         path: the file to write.
+        unet: config node of the U-Net.
+        trigger_words: words of the captions that call for what was learned, for people.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str, unet: Mapping[str, Any], trigger_words: Sequence[str | None] = ()) -> None:
+        self.path, self.unet = Path(path), unet
+        self.trigger_words = tuple(word for word in trigger_words if word is not None)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file on rank 0."""
         if not trainer.is_global_zero or not isinstance(pl_module, LoRAFineTuning):
             return
+        base = AdapterBase(self.unet, text_shape(pl_module))
         with evaluation_weights(trainer, pl_module):
-            state = {name: value.clone() for name, value in adapter_tensors(pl_module.adapters()).items()}
-        metadata = {"format": "ldm_train.lora", "base": pl_module.base_digest, "layers": json.dumps(pl_module.adapted)}
-        with atomic_write(self.path) as temporary:
-            save_file(state, temporary, metadata=metadata)
-
-
-def adapter_tensors(adapters: Mapping[str, LowRank]) -> dict[str, Tensor]:
-    """Adapters as tensors on the CPU: `<layer>.down`, `.up`, `.alpha`, and `.magnitude` where there is one."""
-    state: dict[str, Tensor] = {}
-    for name, change in adapters.items():
-        parts = {"down": change.down, "up": change.up, "magnitude": change.magnitude}
-        state |= {f"{name}.{part}": value.cpu().contiguous() for part, value in parts.items() if value is not None}
-        state[f"{name}.alpha"] = torch.tensor(change.alpha)
-    return state
-
-
-def adapters_in(state: Mapping[str, Tensor]) -> dict[str, LowRank]:
-    """The adapters in the tensors that `adapter_tensors` gives.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    names = [key.removesuffix(".down") for key in state if key.endswith(".down")]
-    if not names:
-        raise ValueError(
-            f"no LoRA adapter among {len(state)} tensors; allowed is a file of a LoRA run, with `<layer>.down`, "
-            "`<layer>.up` and `<layer>.alpha`; change --lora"
-        )
-    return {
-        name: LowRank(
-            state[f"{name}.down"], state[f"{name}.up"], float(state[f"{name}.alpha"]), state.get(f"{name}.magnitude")
-        )
-        for name in names
-    }
+            write_adapters(
+                self.path, pl_module.adapters(), AdapterMetadata(base, pl_module.unet_digest, self.trigger_words)
+            )

@@ -179,7 +179,7 @@ class SampleEvaluation(L.Callback):
         return {
             "extractor": self.distance.extractor.fingerprint,
             "data": data.train_index.fingerprint,
-            "images": f"{count} of {height} x {width}",
+            "images": f"{count} of {height} x {width}, {data.options.interpolation}",
         }
 
 

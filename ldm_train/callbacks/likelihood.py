@@ -124,7 +124,8 @@ class LikelihoodEvaluation(L.Callback):
         count = self._count(trainer)
         with evaluation_weights(trainer, pl_module), subtask(trainer, "likelihoods bounded", count) as advance:
             for batch in self._batches(trainer, count):
-                on_device = move_data_to_device(batch, pl_module.device)
+                moved = move_data_to_device(batch, pl_module.device)
+                on_device = trainer.datamodule.on_after_batch_transfer(moved, 0)  # type: ignore[attr-defined]
                 with trainer.precision_plugin.forward_context():
                     bound = self._bound(pl_module, on_device, of_pixels)
                 mean.update(bound, on_device["position"] < count)

@@ -41,7 +41,7 @@ def bucket_shapes(image_size: int, step: int, max_ratio: float = 2.0) -> list[Sh
             f"image_size is {image_size} and the buckets' step {step}; allowed are sizes that are multiples of the "
             "step; change `image_size` or `data.buckets.step`"
         )
-    if max_ratio < 1.0:
+    if not max_ratio >= 1.0:  # NaN is neither
         raise ValueError(
             f"max_ratio is {max_ratio}; allowed are numbers from 1, 1 for squares alone; change "
             "`data.buckets.max_ratio`"

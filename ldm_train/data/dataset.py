@@ -62,8 +62,8 @@ class ImageOptions:
     segmentation: SegmentationMember | PixelClassifier | None = None
 
     def plain(self) -> "ImageOptions":
-        """The same without augmentation, and with the first of several captions."""
-        return replace(self, crop="center", flip=False, caption=PlainCaption(self.caption))
+        """The same without augmentation, of all pixels, and with the first of several captions."""
+        return replace(self, crop="center", flip=False, reducing_gap=None, caption=PlainCaption(self.caption))
 
 
 class Sample(NamedTuple):
@@ -273,5 +273,7 @@ def as_is(batch: object) -> object:
 
 
 def with_signed_image(batch: ImageTextBatch) -> ImageTextBatch:
-    """A batch as a loader gives it, its image as float32 in [-1, 1]."""
-    return batch | {"image": to_signed_unit(batch["image"])} if "image" in batch else batch
+    """A batch as a loader gives it, its image as float32 in [-1, 1]; one that is so already stays as it is."""
+    if "image" not in batch or batch["image"].is_floating_point():
+        return batch
+    return batch | {"image": to_signed_unit(batch["image"])}

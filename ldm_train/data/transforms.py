@@ -190,5 +190,6 @@ def center_square(image: Tensor, size: int) -> Tensor:
 
 
 def to_signed_unit(images: Tensor) -> Tensor:
-    """uint8 in [0, 255] to float32 in [-1, 1] on any device: x / 127.5 - 1."""
-    return images.float().div_(127.5).sub_(1.0)
+    """uint8 in [0, 255] to float32 in [-1, 1]: (2 x - 255) / 255, the same bits on every device."""
+    # Exact up to the one rounding of the product. A division would be one by the reciprocal on some devices.
+    return images.float().mul_(2.0).sub_(255.0).mul_(1.0 / 255.0)

@@ -88,7 +88,16 @@ class Pixels(nn.Module):
         self.regularizer = Exact()
 
     def moments(self, x: Tensor) -> Tensor:
-        """The image itself: (B, 3, H, W)."""
+        """The image itself: (B, 3, H, W).
+
+        Raises:
+            ValueError: if it is of bytes.
+        """
+        if not x.is_floating_point():
+            raise ValueError(
+                f"images are of type {x.dtype}; allowed are floating-point numbers in [-1, 1]; change `data` to one "
+                "that gives them"
+            )
         return x
 
     def normalise(self, z: Tensor) -> Tensor:

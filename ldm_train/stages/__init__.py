@@ -3,7 +3,7 @@
 from ldm_train.stages.autoencoder import AutoencoderStage
 from ldm_train.stages.class_images import make_class_images
 from ldm_train.stages.latent_diffusion import LatentDiffusion, Original
-from ldm_train.stages.lora import LoRAFineTuning
+from ldm_train.stages.lora import LoRAFineTuning, text_shape
 from ldm_train.stages.moments import CachedMoments, EncodedMoments, RememberedMoments
 from ldm_train.stages.optimization import warmup_constant, warmup_cosine
 from ldm_train.stages.prompts import refuse_if_cut
@@ -20,6 +20,7 @@ __all__ = [
     "load_text_encoder",
     "make_class_images",
     "refuse_if_cut",
+    "text_shape",
     "warmup_constant",
     "warmup_cosine",
 ]

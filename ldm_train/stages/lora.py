@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ldm_train.checkpoint import check_digest, digest, drop_prefixes, load_averaged, read_checkpoint, strict_load
 from ldm_train.conditioning import CLIPTextEncoder, Conditioner
 from ldm_train.diffusion import ClassifierFreeGuidance, Denoiser, DiffusionObjective, Sampler
+from ldm_train.interchange import TextShape
 from ldm_train.nn import (
     Adaptation,
     FirstStage,
@@ -53,6 +54,14 @@ def adaptable_networks(stage: LatentDiffusion) -> nn.ModuleDict:
     return nn.ModuleDict(networks)
 
 
+def text_shape(stage: LatentDiffusion) -> TextShape | None:
+    """The shape of the text tower that can have adapters; `None` where there is none."""
+    encoders = [part for part in stage.conditioner.modules() if isinstance(part, CLIPTextEncoder)]
+    if len(encoders) != 1:
+        return None
+    return TextShape(len(encoders[0].tower.transformer.resblocks), encoders[0].width)
+
+
 class LoRAFineTuning(LatentDiffusion):
     """Trains adapters of a frozen latent diffusion model.
 
@@ -85,6 +94,8 @@ class LoRAFineTuning(LatentDiffusion):
 
     Attributes:
         adapted: the adapters' names.
+        base_digest: identity of the base model, for checkpoints.
+        unet_digest: identity of its U-Net alone, for files of adapters.
 
     Raises:
         ValueError: if the adapters or the base model do not fit; see `LatentDiffusion` as well.
@@ -142,6 +153,7 @@ class LoRAFineTuning(LatentDiffusion):
         if not is_foreign:
             self._load_run(Path(base_checkpoint))
         self.base_digest = digest(self, without=OF_TRAINING)
+        self.unet_digest = digest(self.denoiser.network)
         self.conditioner.requires_grad_(False)
         self.denoiser.network.to(_PRECISIONS[base_precision])
         self.adaptations = {UNET: adaptation}

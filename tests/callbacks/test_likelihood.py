@@ -8,9 +8,12 @@ from torch.utils.data import DataLoader
 
 from ldm_train.callbacks import EMACallback, LikelihoodEvaluation
 from ldm_train.callbacks.likelihood import MeanBound
+from ldm_train.data import ImageTextDataModule
+from ldm_train.data.dataset import with_signed_image
 from ldm_train.diffusion import Bound, Denoiser, cosine_schedule, variational_bound
 from ldm_train.nn import Pixels, UNet
 from tests.callbacks.toy import ToyIndex, trainer_of
+from tests.data.conftest import sample, write_tar
 from tests.stages.toy import batch, latent_diffusion
 
 COUNT = 10
@@ -79,6 +82,24 @@ def test_models_of_pixels_log_bits_per_dimension(tmp_path):
     parts = sum(metrics[f"val/bits_per_dim_{part}"] for part in PARTS[1:])
     assert metrics["val/bits_per_dim"] == pytest.approx(parts, rel=1e-5)
     assert "val/latent_bound" not in metrics
+
+
+def test_images_of_shards_are_judged_as_numbers_and_not_as_bytes(tmp_path):
+    members = [member for number in range(12) for member in sample(number)]
+    data = ImageTextDataModule(str(write_tar(tmp_path / "a.tar", members)), 8, 4, seed=0, val_fraction=0.5, val_batch_size=12)
+    stage = of_pixels()
+    metrics = validated(tmp_path, stage, data, num_times=None)
+    (given,) = [with_signed_image(batch) for batch in data.val_dataloader()]
+    expected = variational_bound(
+        stage.denoiser,
+        given["image"],
+        stage.condition(given),
+        stage.keys(given),
+        "discrete",
+        clip_x_0=1.0,
+    )
+    assert len(given["image"]) > 1
+    assert metrics["val/bits_per_dim"] == pytest.approx(float(expected.total.mean()), rel=1e-5)
 
 
 def test_the_curve_holds_the_mean_term_of_each_time_that_was_looked_at(tmp_path):

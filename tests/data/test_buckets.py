@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -69,6 +71,7 @@ def test_images_of_unknown_size_are_refused(monkeypatch):
     [
         (100, 64, 2.0, r"image_size is 100 and the buckets' step 64; allowed are .*; change `image_size` or"),
         (64, 0, 2.0, r"step 0; allowed .*`data.buckets.step`"),
+        (64, 8, math.nan, r"max_ratio is nan; allowed are numbers from 1"),
         (64, 8, 0.5, r"max_ratio is 0.5; allowed are numbers from 1, .*; change `data.buckets.max_ratio`"),
     ],
 )
