@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm_train.batch import ImageTextBatch
+from ldm_train.callbacks.checkpoints import adapters_in
 from ldm_train.callbacks.drawing import Tile, captioned_grid
 from ldm_train.checkpoint import digest
 from ldm_train.conditioning import (
@@ -51,9 +52,9 @@ from ldm_train.diffusion import (
     Sampler,
 )
 from ldm_train.metrics import to_uint8
-from ldm_train.nn import inject_lora, load_lora_state_dict, lora_layers, lora_shape
+from ldm_train.nn import adapted_layers, adapter_names, attach_adapters, set_multiplier
 from ldm_train.stages import LatentDiffusion, LoRAFineTuning, Original
-from ldm_train.stages.lora import OF_TRAINING
+from ldm_train.stages.lora import OF_TRAINING, adaptable_networks
 
 SHOWN = 64  # images on the grid
 SAMPLERS: dict[str, type[Sampler]] = {
@@ -136,8 +137,7 @@ def add_lora(stage: LatentDiffusion, path: Path, console: Console) -> None:
         trained_on = f"on the base model {base[:12]}" if base else "on a base model it does not name"
         warn(console, f"{path} was trained {trained_on}, this one is {own[:12]}: the pictures may be poor")
     try:
-        inject_lora(stage.denoiser.network, *lora_shape(state))
-        load_lora_state_dict(stage.denoiser.network, state)
+        attach_adapters(adaptable_networks(stage), path.stem.replace(".", "_"), adapters_in(state))
     except ValueError as error:
         raise ValueError(f"{path} does not fit the model of --checkpoint: {error}") from error
 
@@ -148,11 +148,12 @@ def scale_lora(stage: LatentDiffusion, scale: float) -> None:
     Raises:
         ValueError: if there is no adapter to scale.
     """
-    layers = [layer for _, layer in lora_layers(stage.denoiser.network)]
-    if not layers and scale != 1.0:
+    networks = adaptable_networks(stage)
+    names = adapter_names(networks)
+    if not names and scale != 1.0:
         raise ValueError(f"--lora-scale is {scale}, but there is no adapter; allowed is 1; give --lora as well")
-    for layer in layers:
-        layer.alpha *= scale
+    for name in names:
+        set_multiplier(networks, name, scale)
 
 
 def check_conditions(conditioner: Conditioner, arguments: argparse.Namespace) -> None:
@@ -284,7 +285,7 @@ def sample(arguments: argparse.Namespace, console: Console) -> None:
     wanted = list(itertools.product(prompts or [""], arguments.label or [None], range(arguments.per_prompt)))
     requests = [Request(prompt, arguments.seed + i, label) for i, (prompt, label, _) in enumerate(wanted)]
     shared = settings_of(stage, arguments, start)
-    if any(lora_layers(stage.denoiser.network)):
+    if adapted_layers(stage):
         shared |= {"lora": arguments.lora or "in the checkpoint", "lora_scale": arguments.lora_scale}
     arguments.output.mkdir(parents=True, exist_ok=True)
     tiles = []

@@ -7,15 +7,19 @@ saved as raw and averaged ones as averaged.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ldm_train.callbacks.ema import evaluation_weights
 from ldm_train.checkpoint import atomic_write, replace_durably
+from ldm_train.nn import LowRank
 from ldm_train.stages import LoRAFineTuning
 
 
@@ -97,7 +101,37 @@ class AdapterExport(L.Callback):
         if not trainer.is_global_zero or not isinstance(pl_module, LoRAFineTuning):
             return
         with evaluation_weights(trainer, pl_module):
-            state = {name: value.cpu().clone() for name, value in pl_module.adapter_state().items()}
+            state = {name: value.clone() for name, value in adapter_tensors(pl_module.adapters()).items()}
         metadata = {"format": "ldm_train.lora", "base": pl_module.base_digest, "layers": json.dumps(pl_module.adapted)}
         with atomic_write(self.path) as temporary:
             save_file(state, temporary, metadata=metadata)
+
+
+def adapter_tensors(adapters: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """Adapters as tensors on the CPU: `<layer>.down`, `.up`, `.alpha`, and `.magnitude` where there is one."""
+    state: dict[str, Tensor] = {}
+    for name, change in adapters.items():
+        parts = {"down": change.down, "up": change.up, "magnitude": change.magnitude}
+        state |= {f"{name}.{part}": value.cpu().contiguous() for part, value in parts.items() if value is not None}
+        state[f"{name}.alpha"] = torch.tensor(change.alpha)
+    return state
+
+
+def adapters_in(state: Mapping[str, Tensor]) -> dict[str, LowRank]:
+    """The adapters in the tensors that `adapter_tensors` gives.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    names = [key.removesuffix(".down") for key in state if key.endswith(".down")]
+    if not names:
+        raise ValueError(
+            f"no LoRA adapter among {len(state)} tensors; allowed is a file of a LoRA run, with `<layer>.down`, "
+            "`<layer>.up` and `<layer>.alpha`; change --lora"
+        )
+    return {
+        name: LowRank(
+            state[f"{name}.down"], state[f"{name}.up"], float(state[f"{name}.alpha"]), state.get(f"{name}.magnitude")
+        )
+        for name in names
+    }

@@ -1,5 +1,7 @@
 """Networks: the autoencoder, the U-Net, and what they are made of; plain `nn.Module`s without a training loop."""
 
+from ldm_train.nn.adaptation import PRESETS, Adaptation, ScaleMode, inject_adapters
+from ldm_train.nn.adapted import AdaptedLayer, Adapter
 from ldm_train.nn.adversarial import AdversarialLoss, AdversarialTerms, Clock
 from ldm_train.nn.autoencoder import Autoencoder
 from ldm_train.nn.autoencoder_loss import AutoencoderLoss, AutoencoderLossTerms
@@ -7,14 +9,17 @@ from ldm_train.nn.discriminator import HINGE, NON_SATURATING, AdversarialForm, G
 from ldm_train.nn.ema import ExponentialMovingAverage
 from ldm_train.nn.first_stage import FirstStage, Pixels
 from ldm_train.nn.lora import (
-    LoRALinear,
-    inject_lora,
-    load_lora_state_dict,
+    adaptable_layers,
+    adapted_layers,
+    adapter_names,
+    adapters_of,
+    attach_adapters,
+    bake_adapters,
+    detach_adapters,
     lora_disabled,
-    lora_layers,
-    lora_shape,
-    lora_state_dict,
-    merge_lora,
+    merge_adapters,
+    set_multiplier,
+    unmerge_adapters,
 )
 from ldm_train.nn.low_rank import LowRank
 from ldm_train.nn.perceptual import LPIPS
@@ -26,6 +31,10 @@ __all__ = [
     "HINGE",
     "LPIPS",
     "NON_SATURATING",
+    "PRESETS",
+    "Adaptation",
+    "AdaptedLayer",
+    "Adapter",
     "AdversarialForm",
     "AdversarialLoss",
     "AdversarialTerms",
@@ -37,18 +46,23 @@ __all__ = [
     "FirstStage",
     "GlobalBatchNorm2d",
     "KLRegularizer",
-    "LoRALinear",
     "LowRank",
     "PatchDiscriminator",
     "Pixels",
     "Regularized",
+    "ScaleMode",
     "UNet",
     "VectorQuantizer",
-    "inject_lora",
-    "load_lora_state_dict",
+    "adaptable_layers",
+    "adapted_layers",
+    "adapter_names",
+    "adapters_of",
+    "attach_adapters",
+    "bake_adapters",
+    "detach_adapters",
+    "inject_adapters",
     "lora_disabled",
-    "lora_layers",
-    "lora_shape",
-    "lora_state_dict",
-    "merge_lora",
+    "merge_adapters",
+    "set_multiplier",
+    "unmerge_adapters",
 ]

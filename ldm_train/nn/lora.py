@@ -1,177 +1,251 @@
-"""Low-rank adaptation: fine-tune a frozen layer by a product of two thin matrices (Hu et al. 2022, section 4.1).
+"""Low-rank adapters on a network: put on by name, several at once, taken off, merged and restored.
 
-    W' = W + alpha B A,    A of (r, in),  B of (out, r),  r << min(in, out)
+    W' = W + sum_i m_i (W'_i - W),      W'_i - W = alpha_i B_i A_i  without a magnitude, see `LowRank`
 
-B starts at zero, so that training starts from the base model bit for bit. `alpha` is the whole scale: there is no
-hidden 1/r (a "network alpha" a of other trainers is alpha = a / r here). Adapters live beside the layers they adapt,
-are trained and saved alone, and can be merged into the weights and taken out again.
+Each adapter has a name, and changes the layers that its dictionary names; m_i is its multiplier. The network is
+changed in place: an adapted layer is a frozen one with adapters beside it (`ldm_train.nn.adapted`). Adapters come from
+a file as values (`attach_adapters`), or start from nothing and are trained (`ldm_train.nn.inject_adapters`).
+
+Keys are the layers' names in the module that is handed in. For a model of several networks that is a dictionary of
+them, `nn.ModuleDict({"unet": ..., "text_encoder": ...})`, whose names begin with `unet.` and `text_encoder.`. The
+layers inside an `nn.MultiheadAttention` are called `q_proj`, `k_proj`, `v_proj` and `out_proj`.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
-PRESETS: dict[str, tuple[str, ...]] = {
-    "attention": (r".*_attention\.to_(q|k|v|out)",),
-    "attention_and_feed_forward": (r".*_attention\.to_(q|k|v|out)", r".*feed_forward\.project_(in|out)"),
-}
+from ldm_train.nn.adapted import (
+    PROJECTIONS,
+    AdaptedAttention,
+    AdaptedConv2d,
+    AdaptedLayer,
+    AdaptedLinear,
+    Adapter,
+    projection_weight,
+)
+from ldm_train.nn.low_rank import LowRank
+
+_LISTED = 3
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer with an adapter: y = base(x) + alpha B A x.
+def adaptable_layers(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The layers that can have adapters, adapted already or not: name -> weight, in the module's order."""
+    found: dict[str, Tensor] = {}
+    for child, layer in module.named_children():
+        name = f"{prefix}{child}"
+        attention = layer.base if isinstance(layer, AdaptedAttention) else layer
+        if isinstance(attention, nn.MultiheadAttention):
+            if attention.in_proj_weight is not None and attention.batch_first:
+                found |= {f"{name}.{part}": projection_weight(attention, part) for part in PROJECTIONS}
+        elif isinstance(layer, AdaptedLayer | nn.Linear) or _is_plain_convolution(layer):
+            found[name] = cast(Tensor, layer.weight)
+        else:
+            found |= adaptable_layers(layer, f"{name}.")
+    return found
+
+
+def adapted_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
+    """The layers that have adapters, by name, in the module's order."""
+    return {
+        name: layer for name, layer in module.named_modules() if isinstance(layer, AdaptedLayer) and len(layer.adapters)
+    }
+
+
+def attach_adapters(
+    module: nn.Module,
+    name: str,
+    adapters: Mapping[str, LowRank],
+    multiplier: float = 1.0,
+    dropout: float = 0.0,
+) -> None:
+    """Put an adapter on a network.
 
     Args:
-        base: the layer; its parameters are frozen.
-        rank: r.
-        alpha: the scale of B A.
-    """
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
-        super().__init__()
-        if not 1 <= rank <= min(base.in_features, base.out_features):
-            raise ValueError(
-                f"lora rank is {rank} for a layer of {base.out_features} x {base.in_features}; allowed are 1 to "
-                f"{min(base.in_features, base.out_features)}; change `stage.rank`"
-            )
-        self.base = base.requires_grad_(False)
-        self.alpha = alpha
-        self.enabled = True
-        device = base.weight.device
-        self.down = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
-        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
-        # The rows of A have unit expected length, whatever the rank.
-        nn.init.normal_(self.down, std=base.in_features**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        y = self.base(x)
-        if not self.enabled:
-            return y
-        low = nn.functional.linear(x, self.down.to(x.dtype))
-        return y + self.alpha * nn.functional.linear(low, self.up.to(x.dtype))
-
-    def delta(self) -> Tensor:
-        """Alpha B A in float32: (out, in)."""
-        return self.alpha * (self.up.float() @ self.down.float())
-
-
-def inject_lora(module: nn.Module, targets: str | Sequence[str], rank: int, alpha: float) -> list[str]:
-    """Put adapters on the linear layers whose names match; everything else is frozen.
-
-    Args:
-        module: the network, changed in place.
-        targets: a preset's name, or regular expressions of which one must match a layer's whole name.
-        rank: r.
-        alpha: the scale.
-
-    Returns:
-        The adapted layers' names, in the module's order.
+        module: the network, changed in place; the layers that get an adapter are frozen.
+        name: of the adapter; a network has one of each name.
+        adapters: name of a layer -> its change; copied, in float32.
+        multiplier: m.
+        dropout: of the adapters' inputs in training.
 
     Raises:
-        ValueError: if nothing matches.
+        ValueError: if a layer is not there or of another shape, the name is taken, or a network is merged; nothing is
+            changed then.
     """
-    patterns = _patterns(targets)
-    module.requires_grad_(False)
-    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    names = [name for name in linear if any(re.fullmatch(pattern, name) for pattern in patterns)]
-    if not names:
-        raise ValueError(
-            f"lora targets {list(patterns)} match none of {len(linear)} linear layers (the first is "
-            f"{linear[0] if linear else 'missing'!r}); allowed are {', '.join(PRESETS)} or regular expressions of "
-            "whole layer names; change `stage.targets`"
-        )
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        owner = module.get_submodule(parent)
-        setattr(owner, child, LoRALinear(getattr(owner, child), rank, alpha))
-    return names
+    _check_name(module, name)
+    _check_fit(adaptable_layers(module), name, adapters)
+    for key, change in adapters.items():
+        layer = _adapted(module, key)
+        layer.adapters[name] = Adapter(change, layer.weight, multiplier, dropout)
 
 
-def _patterns(targets: str | Sequence[str]) -> Sequence[str]:
-    if not isinstance(targets, str):
-        return targets
-    if targets not in PRESETS:
-        raise ValueError(
-            f"lora targets {targets!r} is no preset; allowed are {', '.join(PRESETS)} or a list of regular "
-            "expressions; change `stage.targets`"
-        )
-    return PRESETS[targets]
-
-
-def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """The adapted layers, with their names."""
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LoRALinear))
-
-
-def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The adapters alone: `<layer>.down`, `<layer>.up` and `<layer>.alpha` for each adapted layer."""
-    state: dict[str, Tensor] = {}
-    for name, layer in lora_layers(module):
-        state[f"{name}.down"] = layer.down.detach()
-        state[f"{name}.up"] = layer.up.detach()
-        state[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
-    return state
-
-
-def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give the adapters of an adapted network the values of a state dict.
+def detach_adapters(module: nn.Module, name: str | None = None) -> None:
+    """Take an adapter off, or all of them; a layer without adapters is the plain layer again, bit for bit.
 
     Raises:
-        ValueError: if layers or shapes differ; nothing is changed then.
+        ValueError: if there is none of that name.
     """
-    layers = dict(lora_layers(module))
-    expected = {f"{name}.{part}" for name in layers for part in ("down", "up", "alpha")}
-    missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
-    shapes = [
-        f"{name}.{part} is {tuple(state[f'{name}.{part}'].shape)}, not {tuple(getattr(layer, part).shape)}"
-        for name, layer in layers.items()
-        for part in ("down", "up")
-        if f"{name}.{part}" in state and state[f"{name}.{part}"].shape != getattr(layer, part).shape
-    ]
-    if missing or unexpected or shapes:
-        raise ValueError(
-            f"the LoRA file does not fit the adapted network: {len(missing)} keys missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, shapes {shapes[:3]}; allowed is a file of the same layers "
-            "and rank; change `stage.targets` and `stage.rank`"
-        )
-    for name, layer in layers.items():
-        layer.down.data.copy_(state[f"{name}.down"])
-        layer.up.data.copy_(state[f"{name}.up"])
-        layer.alpha = float(state[f"{name}.alpha"])
+    _check_present(module, name)
+    unmerge_adapters(module)
+    for layer in adapted_layers(module).values():
+        for own in [name] if name is not None else list(layer.adapters):
+            if own in layer.adapters:
+                del layer.adapters[own]
+    _unwrap(module)
 
 
-def lora_shape(state: Mapping[str, Tensor]) -> tuple[list[str], int, float]:
-    """Which layers a LoRA state dict adapts, with what rank and alpha; for injecting before loading it."""
-    names = [key.removesuffix(".down") for key in state if key.endswith(".down")]
-    if not names:
-        raise ValueError(
-            f"no LoRA adapter among {len(state)} tensors; allowed is a file with `<layer>.down`, `<layer>.up` and "
-            "`<layer>.alpha`, as the lora stage writes it"
-        )
-    return [re.escape(name) for name in names], state[f"{names[0]}.down"].shape[0], float(state[f"{names[0]}.alpha"])
+def adapter_names(module: nn.Module) -> list[str]:
+    """The names of the adapters on a network, sorted."""
+    return sorted({name for layer in adapted_layers(module).values() for name in layer.adapters})
+
+
+def adapters_of(module: nn.Module, name: str) -> dict[str, LowRank]:
+    """An adapter's values: name of the layer -> its change without the multiplier; the tensors are those in use.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    _check_present(module, name)
+    found: dict[str, LowRank] = {}
+    for key, layer in adapted_layers(module).items():
+        if (adapter := layer.of(name)) is not None:
+            found[key] = adapter.value(layer.weight if layer.original is None else layer.original)
+    return found
+
+
+def set_multiplier(module: nn.Module, name: str, multiplier: float) -> None:
+    """Give an adapter another m; 0 makes it do nothing.
+
+    Raises:
+        ValueError: if there is none of that name, or it is merged.
+    """
+    _check_present(module, name)
+    _check_unmerged(module)
+    for layer in adapted_layers(module).values():
+        if (adapter := layer.of(name)) is not None:
+            adapter.multiplier = multiplier
+
+
+def merge_adapters(module: nn.Module) -> None:
+    """Let the weights hold the changes of all adapters, so that a forward pass costs what the base's does.
+
+    The base weights of the adapted layers are kept, for `unmerge_adapters` to give them back.
+    """
+    for layer in adapted_layers(module).values():
+        layer.merge()
+
+
+def unmerge_adapters(module: nn.Module) -> None:
+    """Give the base weights back, bit for bit; without effect on a network that is not merged."""
+    for layer in adapted_layers(module).values():
+        layer.unmerge()
+
+
+def bake_adapters(module: nn.Module) -> None:
+    """Make the changes of all adapters part of the weights for good: plain layers, and nothing is kept."""
+    for layer in adapted_layers(module).values():
+        layer.merge()
+        layer.original = None
+        layer.adapters.clear()
+    _unwrap(module)
 
 
 @contextmanager
 def lora_disabled(module: nn.Module) -> Iterator[None]:
     """Inside, the network is the base model, bit for bit."""
-    layers = [layer for _, layer in lora_layers(module)]
-    before = [layer.enabled for layer in layers]
+    layers = list(adapted_layers(module).values())
+    enabled, merged = [layer.is_enabled for layer in layers], [layer.original is not None for layer in layers]
     try:
         for layer in layers:
-            layer.enabled = False
+            layer.is_enabled = False
+            layer.unmerge()
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+        for layer, was_enabled, was_merged in zip(layers, enabled, merged, strict=True):
+            layer.is_enabled = was_enabled
+            if was_merged:
+                layer.merge()
 
 
-@torch.no_grad()
-def merge_lora(module: nn.Module) -> None:
-    """Replace every adapted layer by a plain one of weight W + alpha B A."""
-    for name, layer in list(lora_layers(module)):
-        parent, _, child = name.rpartition(".")
-        layer.base.weight.add_(layer.delta().to(layer.base.weight.dtype))
-        setattr(module.get_submodule(parent), child, layer.base)
+def _is_plain_convolution(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
+
+
+def _adapted(module: nn.Module, name: str) -> AdaptedLayer:
+    """The layer of a name; one that has no adapters yet is put into a layer that can have some."""
+    parent, _, child = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    if isinstance(owner, nn.MultiheadAttention):
+        owner = AdaptedAttention(owner)
+        _replace(module, parent, owner)
+    layer = getattr(owner, child)
+    if isinstance(layer, nn.Linear):
+        layer = AdaptedLinear(layer)
+    elif isinstance(layer, nn.Conv2d):
+        layer = AdaptedConv2d(layer)
+    setattr(owner, child, layer)
+    assert isinstance(layer, AdaptedLayer)
+    return layer.train(owner.training)
+
+
+def _unwrap(module: nn.Module) -> None:
+    """Plain layers in the place of those without adapters."""
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, AdaptedAttention):
+            is_plain = not any(len(part.adapters) for part in layer.projections().values())
+        else:
+            is_plain = isinstance(layer, AdaptedLinear | AdaptedConv2d) and not len(layer.adapters)
+        if is_plain:
+            _replace(module, name, layer.base)
+
+
+def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, layer)
+
+
+def _check_name(module: nn.Module, name: str) -> None:
+    if not name or "." in name:
+        raise ValueError(
+            f"an adapter is called {name!r}; allowed are names that are not empty and have no dot; choose another name"
+        )
+    if name in (present := adapter_names(module)):
+        raise ValueError(
+            f"there is an adapter {name!r} already, among {', '.join(present)}; allowed is one of each name; choose "
+            "another name, or detach that one"
+        )
+    _check_unmerged(module)
+
+
+def _check_unmerged(module: nn.Module) -> None:
+    if any(layer.original is not None for layer in adapted_layers(module).values()):
+        raise ValueError(
+            "the network's adapters are merged into its weights; allowed are changes of adapters that are not; call "
+            "`unmerge_adapters` first"
+        )
+
+
+def _check_present(module: nn.Module, name: str | None) -> None:
+    if name is not None and name not in (present := adapter_names(module)):
+        raise ValueError(
+            f"there is no adapter {name!r}; allowed are {', '.join(present) or 'none, for none is attached'}; choose "
+            "another name"
+        )
+
+
+def _check_fit(layers: Mapping[str, Tensor], name: str, adapters: Mapping[str, LowRank]) -> None:
+    missing = [key for key in adapters if key not in layers]
+    shapes = [
+        f"{key} is for {change.weight_shape}, not {tuple(layers[key].shape)}"
+        for key, change in adapters.items()
+        if key in layers and change.weight_shape != tuple(layers[key].shape)
+    ]
+    if missing or shapes or not adapters:
+        raise ValueError(
+            f"the adapter {name!r} of {len(adapters)} layers does not fit the network: {len(missing)} layers are not "
+            f"there {missing[:_LISTED]}, {len(shapes)} have another shape {shapes[:_LISTED]}; allowed are some of its "
+            f"{len(layers)} linear layers and convolutions, in their shapes; name another file, or the base model that "
+            "it was trained on"
+        )

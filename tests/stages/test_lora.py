@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ldm_train.diffusion import DiffusionObjective, LossAwareTimes
-from ldm_train.nn import ExponentialMovingAverage, lora_layers
+from ldm_train.nn import ExponentialMovingAverage, adapted_layers
 from ldm_train.stages import LatentDiffusion, LoRAFineTuning
 
 from ..nn.test_unet import randomised
@@ -24,14 +24,16 @@ def checkpoint(base, tmp_path):
     return tmp_path / "base.ckpt"
 
 
-def lora(path, rank=2, alpha=1.0):
-    return LoRAFineTuning(str(path), "attention_and_feed_forward", rank, alpha, **diffusion_parts()).eval()
+def lora(path, rank=2, alpha=1.0, **options):
+    arguments = diffusion_parts() | options
+    return LoRAFineTuning(str(path), "attention_and_feed_forward", rank, alpha, **arguments).eval()
 
 
 def learn(stage):
     with torch.no_grad():
-        for i, (_, layer) in enumerate(lora_layers(stage.denoiser.network)):
-            layer.up.normal_(generator=torch.Generator().manual_seed(i))
+        for i, layer in enumerate(adapted_layers(stage).values()):
+            for adapter in layer.of_adapters():
+                adapter.up.normal_(generator=torch.Generator().manual_seed(i))
 
 
 def test_at_step_0_it_is_the_base_model_bit_for_bit(base, checkpoint):
