@@ -66,7 +66,8 @@ class LowRank:
         if self.magnitude is None:
             return self.delta()
         turned = weight.float() + self.delta()
-        stretch = self.magnitude.float() / lengths(turned)
+        # What has no length has no direction either, and stays zero.
+        stretch = self.magnitude.float() / lengths(turned).clamp_min(torch.finfo(torch.float32).tiny)
         return turned * stretch.view(-1, *[1] * (weight.ndim - 1)) - weight.float()
 
     def merged(self, weight: Tensor, multiplier: float = 1.0) -> Tensor:

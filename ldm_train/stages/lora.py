@@ -26,6 +26,7 @@ from ldm_train.nn import (
     inject_adapters,
     lora_disabled,
 )
+from ldm_train.stages.base_model import load_foreign_base
 from ldm_train.stages.latent_diffusion import LatentDiffusion
 from ldm_train.stages.moments import Moments
 from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory
@@ -56,7 +57,8 @@ class LoRAFineTuning(LatentDiffusion):
     """Trains adapters of a frozen latent diffusion model.
 
     Args:
-        base_checkpoint: a checkpoint of stage 2; its averaged weights are taken where it has them.
+        base_checkpoint: a checkpoint of stage 2, or a published model or folder, see `ldm_train.stages.base_model`;
+            averaged weights are taken where there are any.
         targets: which layers of the U-Net are adapted, see `ldm_train.nn.Adaptation`, as for the seven that follow.
         rank: r.
         alpha: the number that the scale s in W' = W + s B A is made of.
@@ -122,6 +124,7 @@ class LoRAFineTuning(LatentDiffusion):
                 f"base_precision is {base_precision!r}; allowed are {' and '.join(_PRECISIONS)}; change "
                 "`stage.base_precision`"
             )
+        is_foreign = load_foreign_base(Path(base_checkpoint), denoiser, autoencoder)
         super().__init__(
             denoiser,
             autoencoder,
@@ -136,10 +139,8 @@ class LoRAFineTuning(LatentDiffusion):
             seed,
             compile_network,
         )
-        base = read_checkpoint(Path(base_checkpoint), key="stage.base_checkpoint")
-        base["state_dict"] = drop_prefixes(base["state_dict"], OF_TRAINING) | self._of_training()
-        super().on_load_checkpoint(base)
-        load_averaged(self, base)
+        if not is_foreign:
+            self._load_run(Path(base_checkpoint))
         self.base_digest = digest(self, without=OF_TRAINING)
         self.conditioner.requires_grad_(False)
         self.denoiser.network.to(_PRECISIONS[base_precision])
@@ -148,6 +149,12 @@ class LoRAFineTuning(LatentDiffusion):
             self.adaptations[TEXT_ENCODER] = _of_text_encoder(text_encoder, adaptation)
         self.adapted = self._inject()
         self._has_dropout |= any(adaptation.dropout > 0 for adaptation in self.adaptations.values())
+
+    def _load_run(self, path: Path) -> None:
+        base = read_checkpoint(path, key="stage.base_checkpoint")
+        base["state_dict"] = drop_prefixes(base["state_dict"], OF_TRAINING) | self._of_training()
+        super().on_load_checkpoint(base)
+        load_averaged(self, base)
 
     def _inject(self) -> list[str]:
         networks = adaptable_networks(self)

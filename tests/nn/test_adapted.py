@@ -152,6 +152,17 @@ def test_the_gradient_of_dora_takes_the_length_below_for_a_constant():
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_dora_leaves_outputs_that_are_always_zero_at_zero():
+    module = nn.ModuleDict({"layer": nn.Linear(IN, OUT)})
+    nn.init.zeros_(module["layer"].weight[:2].data)
+    change = change_of(module["layer"], 2, dora=True, zero=True)
+    before = module["layer"](inputs("linear"))
+    attach_adapters(module, "one", {"layer": change})
+    assert torch.equal(module["layer"](inputs("linear")), before)
+    merge_adapters(module)
+    torch.testing.assert_close(module["layer"](inputs("linear")), before)
+
+
 def test_no_matrix_of_the_weight_s_size_is_kept_for_the_gradient():
     module = nn.ModuleDict({"layer": nn.Linear(64, 64)})
     attach_adapters(module, "one", {"layer": LowRank(torch.randn(2, 64), torch.randn(64, 2))})

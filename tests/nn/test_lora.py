@@ -224,7 +224,7 @@ def test_a_bfloat16_base_keeps_float32_adapters_and_starts_at_itself(dora):
 def test_a_compiled_network_computes_the_same_while_adapters_come_change_and_go():
     compiled, plain = (randomised(SpatialTransformer(32, 16, 2, norm_groups=16)).eval() for _ in range(2))
     x, context = torch.randn(2, 32, 4, 4), torch.randn(2, 3, 16)
-    compiled.compile(backend="eager")
+    compiled.compile(backend="eager", fullgraph=True)
     assert torch.equal(compiled(x, context), plain(x, context))
     inject_adapters(plain, Adaptation([".*"], 2, dora=True))
     attach_adapters(compiled, "one", adapters_of(learn(plain), "default"))
