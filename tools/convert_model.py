@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -301,16 +302,21 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     convert.check_target(arguments.target, "TARGET")
     model, source_format = read_model(source_of(arguments, arguments.source))
     target_format = meant or (DIFFUSERS if source_format == OURS else OURS)
-    if arguments.raw:
-        model = replace(model, average=None)
-    write_model(arguments.target, target_format, model)
+    write_model(arguments.target, target_format, chosen(model, arguments) if arguments.weights else model)
     _tell(model, arguments.target, target_format, console)
 
 
-def _tell(model: DiffusionModel, target: Path, target_format: str, console: Console) -> None:
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
+def chosen(model: DiffusionModel, arguments: argparse.Namespace) -> DiffusionModel:
+    """A model with the one kind of weights that is asked for."""
+    if arguments.weights == "raw":
+        return replace(model, average=None)
+    if model.average is None:
+        raise ValueError(f"{arguments.source} holds no averaged weights; allowed is --raw; leave --averaged out")
+    return replace(model, unet=model.unet._replace(state=model.average.state), average=None)
 
+
+def _tell(model: DiffusionModel, target: Path, target_format: str, console: Console) -> None:
+    say = partial(console.print, highlight=False, soft_wrap=True)
     parts = [f"a U-Net of {sum(map(Tensor.numel, model.unet.state.values())):,} parameters", "an autoencoder"]
     parts += ["a text encoder"] if model.text_encoder is not None else []
     say(f"{target}: {', '.join(parts)}, as {target_format}; it predicts {model.prediction}")
@@ -373,7 +379,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     help_text = "format of TARGET (default: a file is compvis; a folder ldm_train, or diffusers if SOURCE is ldm_train)"
     add("--to", dest="target_format", choices=SUFFIXES, help=help_text)
     add_source_options(parser)
-    add("--raw", action="store_true", help="the weights as trained alone, where there are averaged ones as well")
+    for name, which in (("raw", "the weights as trained"), ("averaged", "the averaged weights")):
+        help_text = f"{which} alone, where there are both (default: both; in a folder of diffusers averaged ones)"
+        add(f"--{name}", dest="weights", action="store_const", const=name, help=help_text)
     return parser.parse_args(argv)
 
 
