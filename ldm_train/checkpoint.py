@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +31,7 @@ UNTRAINED = "untrained"
 """In place of a path: random weights, to see that a run works."""
 
 _LISTED = 8
+_UNSAFE = re.compile(r"unsupported (?:global: |operand )?(?:GLOBAL )?\S+", re.IGNORECASE)
 # What torch's reader raises for bytes that are no checkpoint depends on where they stop making sense.
 _UNREADABLE = (
     pickle.UnpicklingError,
@@ -101,7 +103,9 @@ def read_checkpoint(path: Path, key: str = "resume", *, is_foreign: bool = False
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except _UNREADABLE as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        # Torch's own first lines say how to run the code in such a file after all.
+        refused = _UNSAFE.search(str(error))
+        reason = refused[0] if refused else next(iter(str(error).splitlines()), type(error).__name__)
         instead = "fetch the file again" if is_foreign else "take `previous.ckpt` beside it"
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({reason}); allowed are complete files of plain tensors and "

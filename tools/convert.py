@@ -139,7 +139,7 @@ def _from_ours(checkpoint: Mapping[str, Any], source: Source) -> Imported:
     if not _is_ours(checkpoint):
         raise ValueError(
             f"{source.path} holds no tensor under {PREFIX!r}; allowed is a checkpoint of stage 1 (stages 2 and 3 leave "
-            "the frozen autoencoder out); change SOURCE or --from"
+            "the frozen autoencoder out; tools/convert_model.py converts whole models); change SOURCE or --from"
         )
     average = {} if source.raw else (checkpoint.get("ema") or {}).get("average", {})
     state = {**checkpoint["state_dict"], **average}

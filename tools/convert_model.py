@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ RECOGNISED = {(320, 768): "sd1", (320, 1024): "sd2"}
 """Options of conf/unet by the channels and the width of the context that a published file shows."""
 RECOGNISED_AUTOENCODER = "kl_f8"
 """Option of conf/autoencoder that belongs to all of them."""
+GROUPS = ("unet", "autoencoder", "schedule")
+"""Of conf/, whose options describe a model."""
 USUAL_DECAY = 0.9999
 """Of a run whose averages have a half-life in images instead."""
 
@@ -297,18 +300,23 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     """
     meant = format_of(arguments.target, arguments.target_format)
     convert.check_target(arguments.target, "TARGET")
-    model, source_format = read_model(source_of(arguments))
+    model, source_format = read_model(source_of(arguments, arguments.source))
     target_format = meant or (DIFFUSERS if source_format == OURS else OURS)
-    if arguments.raw:
-        model = replace(model, average=None)
-    write_model(arguments.target, target_format, model)
+    write_model(arguments.target, target_format, chosen(model, arguments) if arguments.weights else model)
     _tell(model, arguments.target, target_format, console)
 
 
-def _tell(model: DiffusionModel, target: Path, target_format: str, console: Console) -> None:
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
+def chosen(model: DiffusionModel, arguments: argparse.Namespace) -> DiffusionModel:
+    """A model with the one kind of weights that is asked for."""
+    if arguments.weights == "raw":
+        return replace(model, average=None)
+    if model.average is None:
+        raise ValueError(f"{arguments.source} holds no averaged weights; allowed is --raw; leave --averaged out")
+    return replace(model, unet=model.unet._replace(state=model.average.state), average=None)
 
+
+def _tell(model: DiffusionModel, target: Path, target_format: str, console: Console) -> None:
+    say = partial(console.print, highlight=False, soft_wrap=True)
     parts = [f"a U-Net of {sum(map(Tensor.numel, model.unet.state.values())):,} parameters", "an autoencoder"]
     parts += ["a text encoder"] if model.text_encoder is not None else []
     say(f"{target}: {', '.join(parts)}, as {target_format}; it predicts {model.prediction}")
@@ -336,21 +344,30 @@ def format_of(target: Path, asked: str | None) -> str | None:
     return meant[0] if len(meant) == 1 else None
 
 
-def source_of(arguments: argparse.Namespace) -> Source:
+def source_of(arguments: argparse.Namespace, path: Path) -> Source:
     """What the command line says of a source.
 
     Raises:
         ValueError: if there are overrides of other things.
     """
-    groups = ("unet", "autoencoder", "schedule")
-    allowed = tuple(f"{group}." for group in groups)
+    allowed = tuple(f"{group}." for group in GROUPS)
     if strangers := [text for text in arguments.override if not text.lstrip("+~").startswith(allowed)]:
         raise ValueError(
             f"--override {strangers[0]} is no part of the model; allowed are KEY=VALUE with a KEY in "
             f"{', '.join(allowed)}; change --override"
         )
-    options = {key: getattr(arguments, key) for key in (*groups, "prediction", "scale_factor")}
-    return Source(arguments.source, overrides=tuple(arguments.override), **options)
+    options = {key: getattr(arguments, key) for key in (*GROUPS, "prediction", "scale_factor")}
+    return Source(path, overrides=tuple(arguments.override), **options)
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `Source`: what a file of others does not say."""
+    add = parser.add_argument
+    for group in GROUPS:
+        add(f"--{group}", metavar="OPTION", help=f"of conf/{group}, where the source does not say")
+    add("--override", metavar="GROUP.KEY=VALUE", action="append", default=[], help="a change; may be repeated")
+    add("--prediction", choices=PREDICTIONS, help="what the U-Net predicts (default: what the source says, or epsilon)")
+    add("--scale-factor", type=float, help="scale of the latents (default: what the source says)")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -361,12 +378,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("target", metavar="TARGET", type=Path, help="a file or folder that is not there yet")
     help_text = "format of TARGET (default: a file is compvis; a folder ldm_train, or diffusers if SOURCE is ldm_train)"
     add("--to", dest="target_format", choices=SUFFIXES, help=help_text)
-    for group in ("unet", "autoencoder", "schedule"):
-        add(f"--{group}", metavar="OPTION", help=f"of conf/{group}, where the source does not say")
-    add("--override", metavar="GROUP.KEY=VALUE", action="append", default=[], help="a change; may be repeated")
-    add("--prediction", choices=PREDICTIONS, help="what the U-Net predicts (default: what SOURCE says, or epsilon)")
-    add("--scale-factor", type=float, help="scale of the latents (default: what SOURCE says)")
-    add("--raw", action="store_true", help="the weights as trained alone, where there are averaged ones as well")
+    add_source_options(parser)
+    for name, which in (("raw", "the weights as trained"), ("averaged", "the averaged weights")):
+        help_text = f"{which} alone, where there are both (default: both; in a folder of diffusers averaged ones)"
+        add(f"--{name}", dest="weights", action="store_const", const=name, help=help_text)
     return parser.parse_args(argv)
 
 

@@ -1,258 +1,169 @@
-"""Generate images from prompts with a trained latent diffusion model, with or without a LoRA.
+"""Generate images from prompts with a trained latent diffusion model, with any number of LoRAs.
 
     python tools/sample.py --checkpoint runs/demo/default/checkpoints/last.ckpt --prompt "red apple, a fruit food emoji"
-    python tools/sample.py --checkpoint ... --prompts-file prompts.txt --per-prompt 4 --guidance 5 --output pictures/
-    python tools/sample.py --checkpoint ... --prompt "..." --lora runs/demo_lora/default/lora/adapters.safetensors
+    python tools/sample.py --checkpoint v1-5-pruned-emaonly.safetensors --prompt "..." --lora style.safetensors=0.8
+    python tools/sample.py --checkpoint stable-diffusion-2-1/ --prompts-file prompts.jsonl --precision bfloat16
     python tools/sample.py --checkpoint ... --prompt "..." --sampler dpm_solver --steps 15 --negative "a face"
     python tools/sample.py --checkpoint ... --prompt "..." --image photo.png --strength 0.6
     python tools/sample.py --checkpoint ... --prompt "..." --image photo.png --mask hole.png
     python tools/sample.py --checkpoint ... --label 3 --label 7 --per-prompt 8
+    torchrun --nproc-per-node 8 tools/sample.py --checkpoint ... --prompts-file many.txt --output pictures/
+    python tools/sample.py ... --task-index $SLURM_ARRAY_TASK_ID --num-tasks $SLURM_ARRAY_TASK_COUNT
+    python tools/sample.py --again pictures/00017.png
 
-The checkpoint is one of stage 2 or of a LoRA run; averaged weights are taken where it has them. Image i is made from
-the seed `--seed` + i, whatever the batch. Each is a PNG that says in its text fields how it was made; `grid.png` shows
-the first 64 with their prompts.
+The model is a checkpoint of stage 2 or of a LoRA run, a published Stable Diffusion file, a folder of diffusers, or one
+that tools/convert_model.py has written; averaged weights are taken where it has them. Image i is made from the seed
+`--seed` + i, whatever the batch and however many processes share the work. Each is a PNG that says in its text fields
+how it was made; `grid.png` shows the first 64 with their prompts. The same command goes on where it was stopped.
 """
 
 import argparse
-import itertools
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import sampling_settings
 import torch
+from convert_model import add_source_options, source_of
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-from ldm_train.callbacks.checkpoints import adapters_in
-from ldm_train.callbacks.drawing import Tile, captioned_grid
-from ldm_train.checkpoint import digest
-from ldm_train.conditioning import (
-    Conditioner,
-    DegradedImageConditioner,
-    LabelConditioner,
-    MaskConditioner,
-    SemanticMapConditioner,
+from sampling_folder import GRID, images_in, is_made, pending, write_grid
+from sampling_images import (
+    PRECISIONS,
+    SAMPLERS,
+    Picture,
+    Start,
+    check_precision,
+    generate,
+    generate_batch,
+    set_sampling,
+    shape_of,
+    start_of,
 )
-from ldm_train.config import load_run
-from ldm_train.data.transforms import center_square, decode_rgb
-from ldm_train.diffusion import (
-    ClassifierFreeGuidance,
-    DDIMSampler,
-    DDPMSampler,
-    DPMSolverSampler,
-    EulerSampler,
-    HeunSampler,
-    Sampler,
-)
-from ldm_train.nn import adapted_layers, adapter_names, attach_adapters, set_multiplier
-from ldm_train.stages import LatentDiffusion, LoRAFineTuning, Original
-from ldm_train.stages.lora import OF_TRAINING, adaptable_networks
-from ldm_train.stages.prompts import Request, images_of, refuse_if_cut, save_image
-
-SHOWN = 64  # images on the grid
-SAMPLERS: dict[str, type[Sampler]] = {
-    "ddim": DDIMSampler,
-    "ddpm": DDPMSampler,
-    "euler": EulerSampler,
-    "heun": HeunSampler,
-    "dpm_solver": DPMSolverSampler,
-}
+from sampling_models import Model, add_adapters, load_model
+from sampling_requests import Request, Share, check_conditions, requests_of
 
 
-def load_stage(checkpoint: Path) -> tuple[LatentDiffusion, int]:
-    """The stage of a checkpoint, and the side of its images.
+@dataclass(frozen=True)
+class Session:
+    """All that a command needs before it makes images.
+
+    Attributes:
+        model: on its device, its adapters on.
+        start: what the images begin with.
+        requests: the images, of all processes.
+        shared: settings of all of them.
+    """
+
+    model: Model
+    start: Start
+    requests: list[Request]
+    shared: dict[str, Any]
+
+
+def prepare(arguments: argparse.Namespace, console: Console) -> Session:
+    """Read everything that is named, and compare it.
 
     Raises:
-        ValueError: if it is no stage that generates from noise.
+        ValueError: if something is asked for that cannot be.
+        FileNotFoundError: if a file is not there.
     """
-    stage, cfg = load_run(checkpoint)
-    if not isinstance(stage, LatentDiffusion):
-        raise ValueError(
-            f"{checkpoint} is of the run {cfg.name!r}, whose stage {type(stage).__name__} does not generate; allowed "
-            "are checkpoints of stage 2 or of a LoRA run; change --checkpoint"
-        )
-    return stage, int(cfg.image_size)
+    device = device_of(arguments.device)
+    check_precision(arguments.precision, device)
+    requests = requests_of(arguments)
+    model = load_model(source_of(arguments, arguments.checkpoint), arguments.raw)
+    check_conditions(model.stage.conditioner, requests, arguments)
+    set_sampling(model.stage, arguments)
+    start = start_of(arguments, shape_of(arguments, model.shape, model.multiple()), model.stage.conditioner)
+    adapters = add_adapters(model, arguments.lora)
+    for added in adapters:
+        if added.warning:
+            warn(console, added.warning)
+        if added.trigger_words:
+            say(console, f"trigger words of {added.path.name}: {', '.join(added.trigger_words)}")
+    model.stage.to(device).eval()
+    return Session(model, start, requests, sampling_settings.shared_settings(model, adapters, start, arguments))
 
 
-def set_sampling(stage: LatentDiffusion, arguments: argparse.Namespace) -> None:
-    """Sample as told, and as the stage's config says where nothing is told.
-
-    Raises:
-        ValueError: if the sampler has no such setting, or the setting no such value.
-    """
-    old, guidance = stage.sampler, stage.guidance
-    kind = type(old) if arguments.sampler is None else SAMPLERS[arguments.sampler]
-    steps = old.num_steps if arguments.steps is None else arguments.steps
-    own: dict[str, float] = {} if kind is not DDIMSampler else {"eta": getattr(old, "eta", 0.0)}
-    if kind in (EulerSampler, HeunSampler) and hasattr(old, "churn"):
-        own["churn"] = old.churn
-    if arguments.eta is not None:
-        if kind is not DDIMSampler:
-            raise ValueError(f"--eta is {arguments.eta}, which {kind.__name__} has not; allowed with --sampler ddim")
-        own["eta"] = arguments.eta
-    stage.sampler = kind(steps, spacing=old.spacing, clip_x_0=old.clip_x_0, final_alpha=old.final_alpha, **own)
-    scale = guidance.scale if arguments.guidance is None else arguments.guidance
-    stage.guidance = ClassifierFreeGuidance(scale, guidance.rescale, guidance.interval)
-
-
-def add_lora(stage: LatentDiffusion, path: Path, console: Console) -> None:
-    """Put the adapters of a file into the stage's network; warn if they were trained on another base model.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be used with this stage.
-    """
-    if isinstance(stage, LoRAFineTuning):
-        raise ValueError("the checkpoint has adapters of its own; allowed is a checkpoint of stage 2; drop --lora")
-    if not path.is_file():
-        raise FileNotFoundError(f"no LoRA at {path}; allowed is a file of a LoRA run, lora/*.safetensors; see --lora")
-    try:
-        with safe_open(path, framework="pt") as file:
-            base = (file.metadata() or {}).get("base", "")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file ({error}); change --lora") from error
-    if base != (own := digest(stage, without=OF_TRAINING)):
-        trained_on = f"on the base model {base[:12]}" if base else "on a base model it does not name"
-        warn(console, f"{path} was trained {trained_on}, this one is {own[:12]}: the pictures may be poor")
-    try:
-        attach_adapters(adaptable_networks(stage), path.stem.replace(".", "_"), adapters_in(state))
-    except ValueError as error:
-        raise ValueError(f"{path} does not fit the model of --checkpoint: {error}") from error
-
-
-def scale_lora(stage: LatentDiffusion, scale: float) -> None:
-    """Multiply what the adapters add; 0 is the base model.
-
-    Raises:
-        ValueError: if there is no adapter to scale.
-    """
-    networks = adaptable_networks(stage)
-    names = adapter_names(networks)
-    if not names and scale != 1.0:
-        raise ValueError(f"--lora-scale is {scale}, but there is no adapter; allowed is 1; give --lora as well")
-    for name in names:
-        set_multiplier(networks, name, scale)
-
-
-def check_conditions(conditioner: Conditioner, arguments: argparse.Namespace) -> None:
-    """Raises ValueError if the model is conditioned on what was not given, or not on what was."""
-    kinds = {type(part) for part in conditioner.modules()}
-    if SemanticMapConditioner in kinds:
-        raise ValueError(
-            "the model is conditioned on semantic maps, which this tool does not take; allowed are the other kinds; "
-            "see the run's own samples (`task=validate` makes new ones)"
-        )
-    if (LabelConditioner in kinds) != bool(arguments.label):
-        found = "no class is given to a class-conditional model" if not arguments.label else "the model takes no class"
-        raise ValueError(f"{found}; allowed is --label with models that were trained on classes; change --label")
-    if {DegradedImageConditioner, MaskConditioner} & kinds and arguments.image is None:
-        raise ValueError(
-            "the model is conditioned on an image; allowed is one to degrade or to fill; give --image, with "
-            "--strength 1 or --mask"
-        )
-
-
-def read_square(path: Path, size: int, option: str) -> Tensor:
-    """The middle of a picture: (3, size, size) in [-1, 1].
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no picture.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no picture at {path}; allowed is a file; change {option}")
-    try:
-        pixels = decode_rgb(path.read_bytes(), max_pixels=1 << 28)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); allowed is a picture; change {option}") from error
-    return center_square(pixels, size).float() / 127.5 - 1.0
-
-
-def original(arguments: argparse.Namespace, size: int) -> Original | None:
-    """What generation begins with: one image, and the mask of what of it must stay.
-
-    Raises:
-        FileNotFoundError: if a picture is not there.
-        ValueError: if it is none, or a strength or a mask has no image to be of.
-    """
-    if arguments.image is None:
-        if arguments.mask is not None or arguments.strength is not None:
-            raise ValueError("--mask or --strength is given without a picture; allowed with one; give --image")
-        return None
-    hole = None if arguments.mask is None else read_square(arguments.mask, size, "--mask").mean(0, keepdim=True) > 0.0
-    known = None if hole is None else (~hole).float()
-    strength = (1.0 if known is not None else 0.6) if arguments.strength is None else arguments.strength
-    return Original(read_square(arguments.image, size, "--image"), strength, known)
-
-
-def sample(arguments: argparse.Namespace, console: Console) -> None:
-    """Run the tool.
+def sample(arguments: argparse.Namespace, console: Console) -> int:
+    """Make the images of this process; its exit code.
 
     Raises:
         ValueError: if something is asked for that cannot be.
         FileNotFoundError: if a file that it names is not there.
     """
-    prompts = [*arguments.prompt, *read_prompts(arguments.prompts_file)]
-    stage, size = load_stage(arguments.checkpoint)
-    check_conditions(stage.conditioner, arguments)
-    set_sampling(stage, arguments)
-    start = original(arguments, size)
-    if arguments.lora is not None:
-        add_lora(stage, arguments.lora, console)
-    scale_lora(stage, arguments.lora_scale)
-    for prompt in [*prompts, *([] if arguments.negative is None else [arguments.negative])]:
-        refuse_if_cut(stage.conditioner, prompt, "--prompt")
-    stage = stage.to(arguments.device).eval()
-    wanted = list(itertools.product(prompts or [""], arguments.label or [None], range(arguments.per_prompt)))
-    requests = [Request(prompt, arguments.seed + i, label) for i, (prompt, label, _) in enumerate(wanted)]
-    shared = settings_of(stage, arguments, start)
-    if adapted_layers(stage):
-        shared |= {"lora": arguments.lora or "in the checkpoint", "lora_scale": arguments.lora_scale}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    tiles = []
-    images = images_of(stage, size, requests, arguments.batch, arguments.negative, start)
-    for i, image in enumerate(track(images, "images", len(requests), console=console)):
-        settings = {"prompt": requests[i].caption, "seed": requests[i].seed, **shared}
-        save_image(image, arguments.output / f"{i:05d}.png", settings)
-        tiles += [Tile(image, requests[i].caption)] if i < SHOWN else []
-    title = ", ".join(f"{name} {value}" for name, value in shared.items())
-    captioned_grid(tiles, title, columns=min(8, len(tiles))).save(arguments.output / "grid.png")
+    share, folder = Share.of(arguments), arguments.output
+    session = prepare(arguments, console)
+    own = share.own(session.requests)
+    left = own if arguments.overwrite else pending(own, session.shared, folder)
+    if len(left) < len(own):
+        say(console, f"{len(own) - len(left)} of {len(own)} images are there already")
+    stage = session.model.stage
+    made = generate(stage, session.start, left, arguments.batch, arguments.precision)
+    hidden = int(os.environ.get("LOCAL_RANK", "0")) > 0
+    for picture in track(made, "images", len(left), console=console, disable=hidden):
+        sampling_settings.save(picture, folder / picture.request.name, session.shared, stage.device)
+    missing = sum(not is_made(request, session.shared, folder) for request in session.requests)
+    if missing:
+        say(console, f"{len(left)} images in {folder}; {missing} of other processes are not there yet")
+        return 0
+    write_grid([folder / request.name for request in session.requests], folder / GRID)
+    say(console, f"images and {GRID} in {folder}")
+    return 0
 
 
-def settings_of(stage: LatentDiffusion, arguments: argparse.Namespace, start: Original | None) -> dict[str, object]:
-    """What all images have in common, for people to read."""
-    settings: dict[str, object] = {
-        "checkpoint": arguments.checkpoint,
-        "sampler": next(name for name, kind in SAMPLERS.items() if type(stage.sampler) is kind),
-        "steps": stage.sampler.num_steps,
-        "guidance": stage.guidance.scale,
-    }
-    settings |= {name: getattr(stage.sampler, name) for name in ("eta", "churn") if hasattr(stage.sampler, name)}
-    if arguments.negative is not None:
-        settings["negative"] = arguments.negative
-    if start is not None:
-        settings |= {"image": arguments.image, "strength": start.strength}
-        settings |= {} if arguments.mask is None else {"mask": arguments.mask}
-    return settings
-
-
-def read_prompts(path: Path | None) -> list[str]:
-    """The lines of a UTF-8 file that are not empty.
+def again(arguments: argparse.Namespace, console: Console) -> int:
+    """Make an image from its own settings; 0 if all its pixels are the same.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if it has no settings, or what it was made from has changed.
+        FileNotFoundError: if a file is not there.
     """
-    if path is None:
-        return []
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); allowed is a UTF-8 text; change --prompts-file") from error
-    if not any(lines):
-        raise ValueError(f"{path} holds no prompt; allowed is one a line; change --prompts-file")
-    return [line for line in lines if line]
+    path: Path = arguments.again
+    settings = sampling_settings.read(path)
+    if settings is None:
+        raise ValueError(f"{path} does not say how it was made; allowed are images of this tool; change --again")
+    made = settings[sampling_settings.MADE]
+    folder = arguments.output or path.absolute().parent / "again"
+    options = [*sampling_settings.command_of(settings), f"--output={folder}"]
+    options += [f"--device={made['device'] if made['device'] in devices() else arguments.device}"]
+    options += [] if arguments.checkpoint is None else [f"--checkpoint={arguments.checkpoint}"]
+    own = parse(options)
+    session = prepare(own, console)
+    (request,) = session.requests
+    if changed := sampling_settings.differing(settings, sampling_settings.settings_of(request, session.shared)):
+        raise ValueError(
+            f"what {path} was made from has changed since: {', '.join(changed)}; allowed are the same files; bring "
+            "them back to their places, or name the model with --checkpoint"
+        )
+    stage, copies = session.model.stage, [request] * made["batch"]
+    pixels = generate_batch(stage, session.start, copies, own.precision)[made["row"]]
+    picture = Picture(request, pixels, made["row"], made["batch"])
+    sampling_settings.save(picture, own.output / path.name, session.shared, stage.device)
+    difference = (pixels.int() - sampling_settings.pixels_of(path).int()).abs()
+    differing, largest = int(difference.amax(0).count_nonzero()), int(difference.max())
+    same = "the same, bit for bit" if not differing else f"{differing} pixels differ, by {largest} of 255 at most"
+    say(console, f"{own.output / path.name}: {same}")
+    return int(differing > 0)
+
+
+def device_of(name: str) -> torch.device:
+    """The device, and of several GPUs this process's own."""
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device(name)
+
+
+def devices() -> list[str]:
+    """The kinds of device that this machine has."""
+    return ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+
+
+def say(console: Console, text: str) -> None:
+    """Say something, as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def warn(console: Console, text: str) -> None:
@@ -267,49 +178,116 @@ def positive(text: str) -> int:
     return number
 
 
+def weighted(text: str) -> tuple[Path, float]:
+    """`FILE` or `FILE=WEIGHT`; a file that has the whole name is meant first."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        return Path(text), 1.0
+
+
+def seeds(text: str) -> list[int]:
+    """Whole numbers between commas."""
+    return [int(number) for number in text.split(",")]
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="of stage 2 or of a LoRA run")
-    add("--prompt", action="append", default=[], help="what the picture shows; may be repeated")
-    add("--prompts-file", type=Path, help="a text file with one prompt a line")
-    add("--label", type=int, action="append", default=[], help="a class, where the model takes one; may be repeated")
-    add("--lora", type=Path, help="adapters of a LoRA run (.safetensors)")
-    add("--lora-scale", type=float, default=1.0, help="how much of them: 0 none, 1 as trained (default: %(default)s)")
-    add("--steps", type=positive, help="denoising steps (default: as in the run's config)")
-    add("--sampler", choices=list(SAMPLERS), help="(default: as in the run's config)")
-    add("--negative", help="what the pictures should not show; needs a guidance scale other than 1")
-    add("--image", type=Path, help="a picture to begin with")
-    add("--strength", type=float, help="how much of it is given up, up to 1 (default: 0.6, with --mask 1)")
-    add("--mask", type=Path, help="a picture that is white where something new is wanted; all else stays")
-    add("--guidance", type=float, help="classifier-free guidance scale, 1 is none (default: as in the run's config)")
-    add("--eta", type=float, help="0 DDIM to 1 ancestral (default: as in the run's config)")
-    add("--seed", type=int, default=0, help="of the first image; the i-th after it has seed + i (default: %(default)s)")
-    add("--per-prompt", type=positive, default=1, help="images for each prompt (default: %(default)s)")
-    add("--batch", type=positive, default=16, help="images made at a time (default: %(default)s)")
-    add("--output", type=Path, help="folder (default: `generated` in the run's directory); PNGs in it are replaced")
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    add("--device", choices=devices, default=devices[0], help="what this machine has (default: %(default)s)")
+    add_model_options(parser)
+    add_request_options(parser)
+    add_sampling_options(parser)
+    add_work_options(parser)
     arguments = parser.parse_args(argv)
+    if arguments.again is not None or arguments.grid is not None:
+        return arguments
+    if arguments.checkpoint is None:
+        parser.error("no model; allowed are a checkpoint, a published file and a folder; give --checkpoint")
     if not arguments.prompt and not arguments.label and arguments.prompts_file is None:
         parser.error("no prompt; allowed are any number of them; give --prompt, --prompts-file or --label")
     if arguments.output is None:
-        arguments.output = arguments.checkpoint.absolute().parents[1] / "generated"
+        place = arguments.checkpoint.absolute()
+        is_of_run = place.parent.name == "checkpoints"
+        arguments.output = (place.parents[1] if is_of_run else Path.cwd()) / "generated"
     return arguments
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What draws."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--checkpoint", type=Path, help="of stage 2 or 3, a published file, or a folder of a model")
+    help_text = "adapters in any layout, and how much of them: 0 none, 1 as trained, the default; may be repeated"
+    group.add_argument("--lora", type=weighted, action="append", default=[], metavar="FILE[=WEIGHT]", help=help_text)
+    group.add_argument("--raw", action="store_true", help="weights as trained, where there are averaged ones as well")
+    help_text = "of the networks' arithmetic (default: %(default)s)"
+    group.add_argument("--precision", choices=PRECISIONS, default="float32", help=help_text)
+    help_text = "what this machine has (default: %(default)s)"
+    group.add_argument("--device", choices=devices(), default=devices()[0], help=help_text)
+    add_source_options(parser)
+
+
+def add_request_options(parser: argparse.ArgumentParser) -> None:
+    """What is drawn."""
+    add = parser.add_argument_group("images").add_argument
+    add("--prompt", action="append", default=[], help="what the picture shows; may be repeated")
+    add("--prompts-file", type=Path, help="one prompt a line, as text or as JSON: prompt, negative, seed, count, label")
+    add("--label", type=int, action="append", default=[], help="a class, where the model takes one; may be repeated")
+    add("--negative", help="what the pictures should not show; needs a guidance scale other than 1")
+    add("--per-prompt", type=positive, default=1, help="images for each prompt (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the first image; the i-th after it has seed + i (default: %(default)s)")
+    add("--seeds", type=seeds, default=[], metavar="N,N,...", help="the same for each prompt, an image for each")
+    add("--image-size", type=positive, help="side in pixels (default: that of the training)")
+    add("--width", type=positive, help="in pixels, where images are not square")
+    add("--height", type=positive, help="likewise")
+    add("--image", type=Path, help="a picture to begin with")
+    add("--strength", type=float, help="how much of it is given up, up to 1 (default: 0.6, with --mask 1)")
+    add("--mask", type=Path, help="a picture that is white where something new is wanted; all else stays")
+    add("--segmentation", type=Path, help="a PNG of one channel with a class for each pixel, for models of such maps")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How it is drawn; what is left out is as the run's config or the published model has it."""
+    add = parser.add_argument_group("sampling (default: as in the run's config)").add_argument
+    add("--sampler", choices=list(SAMPLERS))
+    add("--steps", type=positive, help="denoising steps")
+    add("--guidance", type=float, help="classifier-free guidance scale, 1 is none")
+    add("--eta", type=float, help="0 DDIM to 1 ancestral")
+
+
+def add_work_options(parser: argparse.ArgumentParser) -> None:
+    """How the work is done."""
+    add = parser.add_argument_group("work").add_argument
+    add("--output", type=Path, help="folder (default: `generated`, in the directory of a run or else in this one)")
+    add("--overwrite", action="store_true", help="make images anew, also where others are")
+    add("--batch", type=positive, default=16, help="images made at a time (default: %(default)s)")
+    add("--task-index", type=int, default=0, metavar="I", help="which part of the images is this task's")
+    add("--num-tasks", type=positive, default=1, metavar="N", help="how many tasks share the work")
+    add("--grid", type=Path, metavar="FOLDER", help="make nothing; draw the sheet of the images in a folder")
+    add("--again", type=Path, metavar="PNG", help="make an image again from its own settings, and compare")
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """What the command line asks for; its exit code."""
+    if arguments.again is not None:
+        return again(arguments, console)
+    if arguments.grid is not None:
+        write_grid(images_in(arguments.grid), arguments.grid / GRID)
+        return 0
+    return sample(arguments, console)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """0, or 2 if something cannot be used."""
+    """0; 1 if --again gave another image; 2 if something cannot be used."""
     arguments = parse(argv)
     console = Console(stderr=True)
     try:
-        sample(arguments, console)
+        return run(arguments, console)
     except (ValueError, FileNotFoundError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
-    console.print(f"images and grid.png in {arguments.output}", soft_wrap=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -102,28 +102,33 @@ _CHECKS: dict[str, Callable[[object], object]] = {
 }
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path, option: str = "SOURCE") -> dict[str, Any]:
     """The dictionary in a `.safetensors`, `.ckpt`, or other file of torch; no code in it is run.
+
+    Args:
+        path: the file.
+        option: the argument that named it, for errors.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or holds more than plain tensors and values.
     """
     if path.suffix == ".safetensors":
-        tensors, metadata = read_tensors(path)
+        tensors, metadata = read_tensors(path, option)
         return {"state_dict": tensors, **compvis.from_metadata(metadata)}
     with torch.serialization.safe_globals(compvis.SAFE_GLOBALS):
-        return read_checkpoint(path, "SOURCE", is_foreign=True)
+        return read_checkpoint(path, option, is_foreign=True)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str] | None]:
+def read_tensors(path: Path, option: str = "SOURCE") -> tuple[dict[str, Tensor], Mapping[str, str] | None]:
     """Tensors and metadata of a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}); allowed is a complete safetensors file; change SOURCE, or fetch it again"
+            f"{path} cannot be read ({error}); allowed is a complete safetensors file; change {option}, or fetch "
+            "it again"
         ) from error
 
 

@@ -1,11 +1,11 @@
-"""Images of prompts: for people, see `tools/sample.py`, and as data, see `ldm_train.stages.class_images`.
+"""Images of prompts as data, see `ldm_train.stages.class_images`; for people see `tools/sample.py`.
 
 Image i follows from the weights, its prompt, the sampler's settings and its own seed alone, whatever is made beside it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -15,31 +15,17 @@ from torch import Tensor
 from ldm_train.batch import ImageTextBatch
 from ldm_train.conditioning import Conditioner, TextConditioner
 from ldm_train.metrics import to_uint8
-from ldm_train.stages.latent_diffusion import LatentDiffusion, Original
+from ldm_train.stages.latent_diffusion import LatentDiffusion
 
 
-@dataclass(frozen=True)
-class Request:
-    """One image to make: of a prompt, and of a class where there are classes."""
+class Request(NamedTuple):
+    """One image to make: of a prompt, from the noise of a seed."""
 
     prompt: str
     seed: int
-    label: int | None = None
-
-    @property
-    def caption(self) -> str:
-        """What the image is of, for people."""
-        return self.prompt if self.label is None else f"class {self.label} {self.prompt}".strip()
 
 
-def images_of(
-    stage: LatentDiffusion,
-    size: int,
-    requests: list[Request],
-    batch_size: int,
-    negative: str | None = None,
-    start: Original | None = None,
-) -> Iterator[Tensor]:
+def images_of(stage: LatentDiffusion, size: int, requests: list[Request], batch_size: int) -> Iterator[Tensor]:
     """The requested images in order: (3, size, size) bytes on the CPU."""
     for begin in range(0, len(requests), batch_size):
         part = requests[begin : begin + batch_size]
@@ -52,21 +38,7 @@ def images_of(
             epoch=0,
             key=[f"seed {request.seed}" for request in part],
         )
-        if part[0].label is not None:
-            batch["label"] = torch.tensor([request.label for request in part], device=stage.device)
-        away = None if negative is None else batch | {"caption": [negative] * len(part)}
-        yield from to_uint8(stage.generate(batch, seeds, away, _repeated(start, len(part), stage.device))).cpu()
-
-
-def _repeated(start: Original | None, count: int, device: torch.device) -> Original | None:
-    """The one image and mask, `count` times."""
-    if start is None:
-        return None
-    image, known = (
-        None if entry is None else entry.to(device).expand(count, *entry.shape) for entry in (start.image, start.known)
-    )
-    assert image is not None
-    return Original(image, start.strength, known)
+        yield from to_uint8(stage.generate(batch, seeds)).cpu()
 
 
 def refuse_if_cut(conditioner: Conditioner, prompt: str, key: str) -> None:

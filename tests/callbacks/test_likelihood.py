@@ -86,7 +86,9 @@ def test_models_of_pixels_log_bits_per_dimension(tmp_path):
 
 def test_images_of_shards_are_judged_as_numbers_and_not_as_bytes(tmp_path):
     members = [member for number in range(12) for member in sample(number)]
-    data = ImageTextDataModule(str(write_tar(tmp_path / "a.tar", members)), 8, 4, seed=0, val_fraction=0.5, val_batch_size=12)
+    data = ImageTextDataModule(
+        str(write_tar(tmp_path / "a.tar", members)), 8, 4, seed=0, val_fraction=0.5, val_batch_size=12
+    )
     stage = of_pixels()
     metrics = validated(tmp_path, stage, data, num_times=None)
     (given,) = [with_signed_image(batch) for batch in data.val_dataloader()]

@@ -90,6 +90,21 @@ def test_diffusers_loads_the_average_or_the_raw_weights(tmp_path):
     assert pipe("a cat", num_inference_steps=1, height=32, width=32, output_type="np").images.shape == (1, 32, 32, 3)
 
 
+def test_a_published_file_holds_both_weights_or_the_one_that_is_asked_for(tmp_path, capsys):
+    """Other programs look at `model.diffusion_model.` alone, where the raw weights are if there are both."""
+    model = random_model()
+    write_model(tmp_path / "ours", "ldm_train", model)
+    for name, options in (("both", []), ("raw", ["--raw"]), ("averaged", ["--averaged"])):
+        run(tmp_path / "ours", tmp_path / f"{name}.safetensors", *options)
+    both, raw, averaged = (read(tmp_path / f"{name}.safetensors") for name in ("both", "raw", "averaged"))
+    assert_same(both, model)
+    assert raw.average is averaged.average is None
+    assert same(raw.unet.state, model.unet.state)
+    assert same(averaged.unet.state, model.average.state)
+    message = refused(capsys, tmp_path / "raw.safetensors", tmp_path / "none", "--averaged")
+    assert "holds no averaged weights" in message
+
+
 def test_stage_2_takes_the_parts_of_our_folder(tmp_path):
     model = random_model()
     write_model(tmp_path / "ours", "ldm_train", model)
