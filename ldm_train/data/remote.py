@@ -199,9 +199,10 @@ class RemoteFiles:
 
 
 def _texts(value: object) -> list[str]:
-    """Every text in the options that may be a secret: all but addresses and names of a few letters."""
+    """Every text or number in the options that may be a secret: all but addresses and names of a few letters."""
     if isinstance(value, Mapping):
         value = list(value.values())
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [text for part in value for text in _texts(part)]
-    return [value] if isinstance(value, str) and len(value) > 5 and "://" not in value else []
+    text = str(value)
+    return [text] if not isinstance(value, bool) and len(text) > 5 and "://" not in text else []
