@@ -15,7 +15,6 @@ with
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -39,10 +38,10 @@ from ldm_train.data.latent_member import DTYPES
 from ldm_train.data.latent_writing import LatentCacheWriter
 from ldm_train.data.latents import MANIFEST, LatentSettings, sizes_of
 from ldm_train.data.locations import expand_shards
-from ldm_train.data.remote import RemoteFiles
+from ldm_train.data.remote import RemoteFiles, options_of
 from ldm_train.data.segmentation import SegmentationMember
 from ldm_train.data.shard_cache import ShardCache
-from ldm_train.data.storage import LOCAL_FILES, Routed, ShardReadError
+from ldm_train.data.storage import LOCAL_FILES, Routed, ShardReadError, explained
 from ldm_train.nn import Autoencoder
 
 NAMED_ON_SCREEN = 20
@@ -180,16 +179,8 @@ def shard_cache_of(arguments: argparse.Namespace) -> ShardCache:
     Raises:
         ValueError: if the options of the stores are no such thing.
     """
-    try:
-        options = json.loads(arguments.storage_options)
-    except ValueError:
-        options = None
-    if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
-        raise ValueError(
-            "--storage-options is no JSON object of objects; allowed are the options of each protocol, such as "
-            '{"s3": {"endpoint_url": "https://..."}}; change --storage-options'
-        )
-    return ShardCache(arguments.cache_dir, arguments.cache_bytes, RemoteFiles(options), arguments.workers)
+    remote = RemoteFiles(options_of(arguments.storage_options))
+    return ShardCache(arguments.cache_dir, arguments.cache_bytes, remote, arguments.workers)
 
 
 def report(writer: LatentCacheWriter, missing: list[str], console: Console) -> None:
@@ -231,6 +222,13 @@ def positive(text: str) -> int:
     return number
 
 
+def natural(text: str) -> int:
+    """An option's whole number, at least 0."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{number} is given; allowed: 0 or more; change --workers")
+    return number
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -246,7 +244,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     help_text = "of the encoder's arithmetic, on a GPU (default: %(default)s)"
     add("--precision", choices=PRECISIONS, default="float32", help=help_text)
     add("--batch-size", type=positive, default=16, help="images encoded at a time (default: %(default)s)")
-    add("--workers", type=int, default=2, help="processes that decode (default: %(default)s)")
+    add("--workers", type=natural, default=2, help="processes that decode (default: %(default)s)")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--device", choices=devices, default=devices[0], help="what this machine has (default: %(default)s)")
     add("--task-index", type=int, default=0, metavar="I", help="which part of the shards is this task's")
@@ -284,7 +282,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return cache_latents(parse(argv), console)
     except (ValueError, OSError, ShardReadError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        said = explained(error, "change --output or --data")
+        console.print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
 
 

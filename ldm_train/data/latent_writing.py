@@ -70,7 +70,7 @@ class LatentCacheWriter:
         changed: names of the shards that were found to be made of what their source was before it changed.
 
     Raises:
-        ValueError: if the folder is that of the source shards, which would be overwritten.
+        ValueError: if the folder is a file, or that of the source shards, which would be overwritten.
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class LatentCacheWriter:
         self.storage, self.changed = storage, set[str]()
         self._digests: dict[tuple[str, Identity], str] = {}
         self.root, self.names = shard_names(paths)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; allowed is a folder, which may be there or not; change --output")
         if not is_url(self.root) and folder.resolve() == Path(self.root).resolve():
             raise ValueError(
                 f"{folder} holds the source shards, which the cache's would replace; allowed is another folder; change "
