@@ -35,8 +35,9 @@ from ldm_train.data.crops import Shape
 from ldm_train.data.dataset import INTERPOLATIONS
 from ldm_train.data.latent_encoding import PRECISIONS, MomentsEncoder, PictureBatch, SourceImages
 from ldm_train.data.latent_member import DTYPES
+from ldm_train.data.latent_settings import LatentSettings, sizes_of
 from ldm_train.data.latent_writing import LatentCacheWriter
-from ldm_train.data.latents import MANIFEST, LatentSettings, sizes_of
+from ldm_train.data.latents import MANIFEST
 from ldm_train.data.locations import expand_shards
 from ldm_train.data.remote import RemoteFiles, options_of
 from ldm_train.data.segmentation import SegmentationMember
@@ -85,6 +86,7 @@ def settings_of(arguments: argparse.Namespace, autoencoder: Autoencoder) -> Late
         arguments.interpolation,
         shapes_of(arguments, factor),
         None if arguments.segmentation is None else SegmentationMember(1, arguments.segmentation).extension,
+        arguments.max_pixels,
     )
 
 
@@ -113,7 +115,7 @@ def encode_shards(
 ) -> None:
     """Encode shards, given as (path, name), one after the other."""
     paths = [path for path, _ in own]
-    sources = SourceImages(paths, encoder.settings, arguments.batch_size, arguments.max_pixels, writer.storage)
+    sources = SourceImages(paths, encoder.settings, arguments.batch_size, writer.storage)
     loader = DataLoader(sources, batch_size=None, num_workers=arguments.workers, collate_fn=as_is)
     columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:

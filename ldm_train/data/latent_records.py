@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from ldm_train.checkpoint import atomic_write
-from ldm_train.data.latents import VERSION, LatentSettings
+from ldm_train.data.latent_settings import LatentSettings
+from ldm_train.data.latents import VERSION
 from ldm_train.data.locations import is_url, shown
 from ldm_train.data.storage import Identity, Storage
 

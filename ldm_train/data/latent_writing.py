@@ -31,7 +31,8 @@ from ldm_train.data.index_store import relative_names
 from ldm_train.data.latent_encoding import Entry, MomentsEncoder, PictureBatch, entries, in_order
 from ldm_train.data.latent_member import EXTENSION
 from ldm_train.data.latent_records import ShardRecord, SourceShard, ValueRange, digest_of, location_of, write_json
-from ldm_train.data.latents import MANIFEST, VERSION, LatentSettings
+from ldm_train.data.latent_settings import LatentSettings
+from ldm_train.data.latents import MANIFEST, VERSION
 from ldm_train.data.locations import beside, folders_above, is_url, shown
 from ldm_train.data.storage import LOCAL_FILES, Identity, ShardReadError, Storage
 

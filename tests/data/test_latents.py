@@ -12,8 +12,8 @@ from ldm_train.data.index import IMAGE, build_index
 from ldm_train.data.latent_encoding import MomentsEncoder, SourceImages
 from ldm_train.data.latent_member import DTYPES, DamagedSampleError, pack, pack_failure, unpack
 from ldm_train.data.latent_records import ValueRange
+from ldm_train.data.latent_settings import LatentSettings
 from ldm_train.data.latent_writing import LatentCacheWriter
-from ldm_train.data.latents import LatentSettings
 from ldm_train.data.storage import LOCAL_FILES
 from ldm_train.data.transforms import to_signed_unit
 from tests.data.conftest import sample, write_tar
@@ -28,7 +28,7 @@ def cached(source_paths, folder, storage=LOCAL_FILES, **changes):
     writer = LatentCacheWriter(folder, source_paths, settings_, {}, storage)
     encoder, sources = (
         MomentsEncoder(autoencoder().eval(), settings_),
-        SourceImages(source_paths, settings_, 2, 1 << 20, storage),
+        SourceImages(source_paths, settings_, 2, storage),
     )
     for number, (path, name) in enumerate(zip(source_paths, writer.names, strict=True)):
         with writer.shard(path, name) as shard:
