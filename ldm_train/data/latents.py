@@ -237,10 +237,20 @@ class LatentCache:
 
         Raises:
             FileNotFoundError: see `reference_paths`.
+            ShardReadError: if they cannot be read, as where a store asks for a signature.
             ValueError: if they are not the same samples.
         """
         paths = self.reference_paths(cached, list_remote)
-        return image_rows(cached, build_index(paths, required, segmentation, storage=cached.storage))
+        try:
+            images = build_index(paths, required, segmentation, storage=cached.storage)
+        except ShardReadError as error:
+            if self.reference_shards is not None:
+                raise
+            raise ShardReadError(
+                f"real images are asked for, and those that the cache was made of cannot be read: {error} A manifest "
+                "keeps no signature, password or key: set `data.latents.reference_shards` to the same shards with it."
+            ) from error
+        return image_rows(cached, images)
 
     def reference_paths(
         self, cached: ShardIndex, list_remote: Callable[[str], list[str]] | None = None
