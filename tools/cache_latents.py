@@ -8,13 +8,15 @@ r"""Encode every image of some shards once, so that stage 2 trains without the e
 Each source shard gives one shard of the same name: the posterior's mean and log-variance of each image, its caption and
 its metadata, with --segmentation its map. The same command goes on where it was stopped, and makes again what was made
 of a shard that has changed since; of N tasks, number I makes the shards I, I + N, ..., and whichever finishes last
-writes the manifest (or --merge does). All tasks of a job may say --overwrite: the first of them begins anew. Then train
-with
+writes the manifest (or --merge does). All tasks of a job may say --overwrite: the first of them begins anew. A task of
+a SLURM job that is requeued after the cache was finished finds it finished; without SLURM, start a task again without
+--overwrite, or it begins anew once more. Then train with
 
     data=latents 'data.shards=latents/*.tar' stage.moments._target_=ldm_train.stages.CachedMoments
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -35,6 +37,7 @@ from ldm_train.data.crops import Shape
 from ldm_train.data.dataset import INTERPOLATIONS
 from ldm_train.data.latent_encoding import PRECISIONS, MomentsEncoder, PictureBatch, SourceImages
 from ldm_train.data.latent_member import DTYPES
+from ldm_train.data.latent_records import ShardRecord
 from ldm_train.data.latent_settings import LatentSettings, sizes_of
 from ldm_train.data.latent_writing import LatentCacheWriter
 from ldm_train.data.latents import MANIFEST
@@ -156,19 +159,20 @@ def cache_latents(arguments: argparse.Namespace, console: Console) -> int:
     autoencoder = loaded.autoencoder.to(arguments.device).eval()
     settings = settings_of(arguments, autoencoder)
     description = {"autoencoder": {"source": str(arguments.checkpoint.absolute()), "config": loaded.node}}
-    writer = LatentCacheWriter(arguments.output, paths, settings, description, storage)
+    writer = LatentCacheWriter(arguments.output, paths, settings, description, storage, job_id())
     encoder = MomentsEncoder(autoencoder, settings)
     if arguments.verify and not arguments.overwrite and (arguments.output / MANIFEST).is_file():
         return verify(arguments.output, paths, encoder, arguments.verify, console, storage)
     own = list(zip(paths, writer.names, strict=True))[arguments.task_index :: arguments.num_tasks]
     if own and not arguments.merge:
-        if arguments.overwrite:
-            writer.begin_overwriting()
-        if pending := [(path, name) for path, name in own if writer.record(path, name) is None]:
+        if arguments.overwrite and not writer.begin_overwriting():
+            console.print(f"job {job_id()} has made all shards anew before: --overwrite begins nothing", markup=False)
+        found = writer.records([path for path, _ in own])
+        if pending := [(path, name) for path, name in own if found[path] is None]:
             encode_shards(writer, encoder, pending, arguments, console)
-    missing = writer.merge()
-    report(writer, missing, console)
-    if missing:
+    merged = writer.merge()
+    report(writer, merged, console)
+    if None in merged:
         return 1 if arguments.merge or arguments.verify else 0
     if arguments.verify:
         return verify(arguments.output, paths, encoder, arguments.verify, console, storage)
@@ -185,15 +189,21 @@ def shard_cache_of(arguments: argparse.Namespace) -> ShardCache:
     return ShardCache(arguments.cache_dir, arguments.cache_bytes, remote, arguments.workers)
 
 
-def report(writer: LatentCacheWriter, missing: list[str], console: Console) -> None:
-    """Say what is there, what is missing, and which samples could not be decoded."""
+def job_id() -> str | None:
+    """The job of SLURM that this process belongs to, all tasks of an array being one; None outside of SLURM."""
+    return os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+
+
+def report(writer: LatentCacheWriter, merged: list[ShardRecord | None], console: Console) -> None:
+    """Say what is there, what is missing, what belongs elsewhere, and which samples could not be decoded."""
 
     def say(text: str, style: str | None = None) -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    records = [
-        record for path, name in zip(writer.paths, writer.names, strict=True) if (record := writer.record(path, name))
-    ]
+    records = [record for record in merged if record is not None]
+    missing = [name for name, record in zip(writer.names, merged, strict=True) if record is None]
+    for name in writer.strangers():
+        say(f"not of this cache, and refused by a run whose data.shards names it: {name}; remove it", "yellow")
     for name in sorted(writer.changed):
         say(f"made of what its source was before it changed, and therefore made again: {name}", "yellow")
     damaged = [f"{record.name}: {sample['key']}: {sample['reason']}" for record in records for sample in record.damaged]
@@ -254,7 +264,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--merge", action="store_true", help="encode nothing; write the manifest if all shards are there")
     help_text = "then compare N samples with their images; exit code 1 if they differ"
     add("--verify", type=positive, metavar="N", help=help_text)
-    help_text = "make all shards anew, together with the other tasks; one that was stopped goes on by the same command"
+    help_text = "make all shards anew, once for all tasks of a SLURM job; without SLURM, drop it to start a task again"
     add("--overwrite", action="store_true", help=help_text)
     help_text = "where copies of shards behind URLs lie, as data.cache_dir (default: a folder under TMPDIR)"
     add("--cache-dir", help=help_text)

@@ -115,7 +115,10 @@ def manifests_of(locations: Sequence[str], storage: Storage = LOCAL_FILES) -> di
             of_folder[folder] = _manifest_above(location, storage)
         manifest = found[location] = of_folder[folder]
         if relative_to(location, manifest.folder) not in manifest.shards:
-            raise _unlike(location, "is there", "nothing of it")
+            raise ValueError(
+                f"{shown(location)} is there, its cache's {MANIFEST} says nothing of it; allowed are shards of the "
+                "cache, not what an earlier one left beside them; remove it, or change `data.shards`"
+            )
     return found
 
 
@@ -125,14 +128,10 @@ def check_sizes(indices: Sequence[ShardIndex]) -> None:
         for location, size, manifest in zip(index.paths, index.file_sizes, _manifests(index).values(), strict=True):
             told = manifest.shards[relative_to(location, manifest.folder)]
             if told != size:
-                raise _unlike(location, f"has {size} bytes", str(told))
-
-
-def _unlike(location: str, found: str, told: str) -> ValueError:
-    return ValueError(
-        f"{shown(location)} {found}, its cache's {MANIFEST} says {told}; allowed are shards as the tool left them; run "
-        "it again with --overwrite, or change `data.shards`"
-    )
+                raise ValueError(
+                    f"{shown(location)} has {size} bytes, its cache's {MANIFEST} says {told}; allowed are shards as "
+                    "the tool left them; run it again with --overwrite, or change `data.shards`"
+                )
 
 
 def _manifest_above(location: str, storage: Storage) -> Manifest:
