@@ -28,7 +28,9 @@ _QUERY = re.compile(r"\?")
 _BEHIND = re.compile(r"\?|[#;](?=[\w.~-]+=)")
 _URL_ENDS = re.compile(r"['\"\n]")
 _USER_IN_TEXT = re.compile(r"(\w://)(?:[^/?#\s'\"]*@|[^/:@?#\[\s'\"]+:(?!\d*(?:[/?#\s'\"]|$))[^\s'\"]*@)")
-_BEHIND_IN_TEXT = re.compile(r"(\w://(?:(?!\?|[#;][\w.~-]+=)[^'\"\n])*)([?#;])[^\s'\"]*")
+_BEHIND_IN_TEXT = re.compile(
+    r"((?:(['\"])[A-Za-z][\w+.-]*|\w)://(?:(?!\?|[#;][\w.~-]+=)[^'\"\n])*)([?#;])(?(2)[^'\"\n]*|[^\s'\"]*)"
+)
 # Parameters that sign a request and say nothing of what is asked for: of AWS, Google, Alibaba and CloudFront, and
 # tokens under their usual names; and what means that only beside a signature, as Azure's do.
 _SIGNING = re.compile(
@@ -87,7 +89,7 @@ def _parsed(url: str, behind_path: re.Pattern[str] = _BEHIND) -> _Url:
 def shown(text: str) -> str:
     """A location, or a text with URLs in it, without their secrets: user and password, and what is behind the path."""
     if not is_url(text):
-        return _BEHIND_IN_TEXT.sub(r"\1\2...", _USER_IN_TEXT.sub(r"\1", text))
+        return _BEHIND_IN_TEXT.sub(r"\1\3...", _USER_IN_TEXT.sub(r"\1", text))
     url = _parsed(text)
     ending = f"{url.behind[0]}..." if url.behind else ""
     return _USER_IN_TEXT.sub(r"\1", f"{url.protocol}://{url.place}") + ending

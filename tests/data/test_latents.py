@@ -186,6 +186,7 @@ def modules_again(module, latents=None):
         ),
         ({"interpolation": "bilinear"}, "`data.interpolation` is bilinear"),
         ({"reducing_gap": 1.0}, "`data.reducing_gap` is 1.0"),
+        ({"max_pixels": 100}, "`data.max_pixels` is 100 with cached latents; allowed is 67108864"),
     ],
 )
 def test_a_run_that_wants_other_images_is_refused(source, tmp_path, options, message):

@@ -91,6 +91,7 @@ def test_what_is_no_secret_is_not_taken_for_one(url):
 
 def test_one_location_says_nothing_behind_its_path_though_there_are_blanks():
     assert shown("https://m e:p w@h/a b.tar?sig=A B C") == "https://h/a b.tar?..."
+    assert shown("['s3://b/0.tar', 'https://h/a b.tar?sig=A B C'] x?") == "['s3://b/0.tar', 'https://h/a b.tar?...'] x?"
     assert lasting("https://h/a.tar#token=SECRET") == lasting("https://h/a.tar;jsessionid=S?sig=T") == "https://h/a.tar"
     assert lasting("s3://b/a;b=1#c=2.tar") == "s3://b/a;b=1#c=2.tar"  # a key of a store
 
