@@ -20,6 +20,13 @@ from tests.tools.test_cache_latents import arguments, run, same_files, source
 __all__ = ["source"]
 
 
+@pytest.fixture(autouse=True)
+def _no_job(monkeypatch):
+    """The job of SLURM that the tests may run in is not that of the tool."""
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def times(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
 
