@@ -35,6 +35,7 @@ _INSTANTIATE_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args
 _TASKS = ("fit", "validate")
 _OPTIONS = "storage_options"
 _SECRET_OPTION = re.compile("key|secret|token|passw|auth|credential|account|connection", re.IGNORECASE)
+_DIGITS_OF_LIMITS = 5  # of `connection_timeout` and the like
 _INTERPOLATION = re.compile(r"\$\{[^{}]*\}")
 _PLAIN_TYPES = (str, int, float, bool)
 _PARENTS_ARGUMENTS = {"trainer": {"callbacks", "logger"}}
@@ -262,14 +263,14 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _without_secrets(value: Any, is_option: bool = False) -> Any:  # noqa: ANN401
-    """URLs without user, password and query; of `storage_options` no text that is no URL."""
+    """URLs without user, password and query; of `storage_options` no text or number that is no URL."""
     if isinstance(value, dict):
         return {key: _without_secrets(part, is_option or key == _OPTIONS) for key, part in value.items()}
     if isinstance(value, list):
         return [_without_secrets(part, is_option) for part in value]
-    if not isinstance(value, str):
+    if value is None or isinstance(value, bool) or not (is_option or isinstance(value, str)):
         return value
-    return "..." if is_option and "://" not in value else shown(value)
+    return "..." if is_option and "://" not in str(value) else shown(str(value))
 
 
 def secrets_in_clear(cfg: DictConfig) -> list[str]:
@@ -282,13 +283,14 @@ def _texts(value: object, path: str) -> Iterator[tuple[str, str]]:
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in parts:
         yield from _texts(part, path if isinstance(value, list) else _joined(path, key))
-    if isinstance(value, str):
-        yield path, value
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield path, str(value)
 
 
 def _is_secret(key: str, text: str) -> bool:
     is_option = f".{_OPTIONS}." in key and _SECRET_OPTION.search(key.rpartition(".")[2]) is not None
-    return holds_secret(text) or bool(is_option and text.strip())
+    is_limit = text.isdigit() and len(text) <= _DIGITS_OF_LIMITS
+    return holds_secret(text) or bool(is_option and text.strip() and not is_limit)
 
 
 def _instantiate(node: DictConfig, key: str, **given: object) -> Any:  # noqa: ANN401

@@ -22,6 +22,7 @@ from ldm_train.callbacks import RunRecord, finish_wandb
 from ldm_train.checkpoint import UNTRAINED, load_weights, read_checkpoint
 from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain, secrets_in_clear
 from ldm_train.data import ShardReadError, folders_of
+from ldm_train.data.storage import explained
 from ldm_train.stages import LatentDiffusion, make_class_images, refuse_if_cut
 
 _log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ _USUAL_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode at the start",  # frozen parts stay there
     r"Total length of `list` across ranks is zero",  # no validation images; the start-up summary counts them
 )
-_OF_WORKER = "in DataLoader worker process"
+_REMEDY = "change the key that names it, one of `data` or `paths`"
 _SRUN_WARNING = "The `srun` command is available on your system but is not used"
 
 
@@ -160,7 +161,7 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ShardReadError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(_explained(error)) from error
+        raise error if isinstance(error, ConfigError) else ConfigError(explained(error, _REMEDY)) from error
 
 
 @contextmanager
@@ -171,7 +172,7 @@ def _refusals_before(step: int, trainer: L.Trainer) -> Iterator[None]:
     except (ValueError, OSError, ShardReadError) as error:
         if trainer.global_step > step or not _is_ours(error) or isinstance(error, ConfigError):
             raise
-        raise ConfigError(_explained(error)) from error
+        raise ConfigError(explained(error, _REMEDY)) from error
 
 
 def _is_ours(error: Exception) -> bool:
@@ -182,19 +183,6 @@ def _is_ours(error: Exception) -> bool:
         files = [file for file in files if Path(file).parent != library and not file.startswith("<")]
     is_here = bool(files) and Path(files[-1]).is_relative_to(Path(__file__).parent)
     return is_here or isinstance(error, ShardReadError)  # that comes from a worker through lines of PyTorch
-
-
-def _explained(error: Exception) -> str:
-    """What was found, what is allowed and what to change: in our own words, or around those of the system."""
-    if isinstance(error, OSError) and error.errno is not None:
-        found = f"{error.filename or 'a file'}: {error.strerror}"
-        return (
-            f"{found}; allowed are files that this user can read, and folders that can be written and have room; "
-            "change the key that names it, one of `data` or `paths`"
-        )
-    if _OF_WORKER in str(error):  # it says where it happened, then what
-        return str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
-    return str(error)
 
 
 def _fit(run: Run, checkpoint: Path | None, config: dict[str, Any]) -> None:

@@ -165,12 +165,15 @@ def with_shards(monkeypatch, *overrides):
 def test_a_record_of_the_config_holds_no_secrets(monkeypatch):
     cfg = with_shards(
         monkeypatch,
-        "data.shards=['https://me:SECRET@h/{0..3}.tar?X-Amz-Signature=SECRET','s3://b/1.tar','/d/?.tar']",
-        "data.storage_options={s3: {key: '${oc.env:SECRET_NAME}', secret: SECRET, endpoint_url: 'https://e', n: 3}}",
+        "data.shards=['https://me:SECRET@h/{0..3}.tar?X-Amz-Signature=SECRET','s3://b/1.tar','/d/?.tar',"
+        "'https://h/a b.tar?sig=SECRET C']",
+        "data.storage_options={s3: {key: '${oc.env:SECRET_NAME}', secret: 12345678901, endpoint_url: 'https://e', "
+        "anon: false, profile: null}}",
     )
     kept = plain(cfg)["data"]
-    assert kept["shards"] == ["https://h/{0..3}.tar?...", "s3://b/1.tar", "/d/?.tar"]
-    assert kept["storage_options"] == {"s3": {"key": "...", "secret": "...", "endpoint_url": "https://e", "n": 3}}
+    assert kept["shards"] == ["https://h/{0..3}.tar?...", "s3://b/1.tar", "/d/?.tar", "https://h/a b.tar?..."]
+    hidden = {"key": "...", "secret": "...", "endpoint_url": "https://e", "anon": False, "profile": None}
+    assert kept["storage_options"] == {"s3": hidden}
     assert cfg.data.storage_options.s3.key == "SECRET_OF_ENVIRONMENT"  # the run has it
     check(OmegaConf.create(plain(cfg)))
 
@@ -183,7 +186,9 @@ def test_a_record_of_the_config_holds_no_secrets(monkeypatch):
         ("data.shards=['s3://b/0.tar','https://h/a.tar?sig=SECRET']", ["data.shards"]),
         ("data.val_shards='https://me:SECRET@h/a.tar'", ["data.val_shards"]),
         ("data.storage_options={s3: {key: '${oc.env:SECRET_NAME}', client_kwargs: {region_name: here}}}", []),
+        ("data.shards='https://h/a b.tar?sig=SECRET'", ["data.shards"]),
         ("data.storage_options={s3: {secret: SECRET}}", ["data.storage_options.s3.secret"]),
+        ("data.storage_options={s3: {key: 7777777, connection_timeout: 60}}", ["data.storage_options.s3.key"]),
     ],
 )
 def test_secrets_in_clear_are_told_from_names_of_variables(monkeypatch, override, keys):

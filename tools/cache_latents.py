@@ -8,14 +8,15 @@ r"""Encode every image of some shards once, so that stage 2 trains without the e
 Each source shard gives one shard of the same name: the posterior's mean and log-variance of each image, its caption and
 its metadata, with --segmentation its map. The same command goes on where it was stopped, and makes again what was made
 of a shard that has changed since; of N tasks, number I makes the shards I, I + N, ..., and whichever finishes last
-writes the manifest (or --merge does). All tasks of a job may say --overwrite: the first of them begins anew. Then train
-with
+writes the manifest (or --merge does). All tasks of a job may say --overwrite: the first of them begins anew. A task of
+a SLURM job that is requeued after the cache was finished finds it finished; without SLURM, start a task again without
+--overwrite, or it begins anew once more. Then train with
 
     data=latents 'data.shards=latents/*.tar' stage.moments._target_=ldm_train.stages.CachedMoments
 """
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -36,13 +37,15 @@ from ldm_train.data.crops import Shape
 from ldm_train.data.dataset import INTERPOLATIONS
 from ldm_train.data.latent_encoding import PRECISIONS, MomentsEncoder, PictureBatch, SourceImages
 from ldm_train.data.latent_member import DTYPES
+from ldm_train.data.latent_records import ShardRecord
+from ldm_train.data.latent_settings import LatentSettings, sizes_of
 from ldm_train.data.latent_writing import LatentCacheWriter
-from ldm_train.data.latents import MANIFEST, LatentSettings, sizes_of
+from ldm_train.data.latents import MANIFEST
 from ldm_train.data.locations import expand_shards
-from ldm_train.data.remote import RemoteFiles
+from ldm_train.data.remote import RemoteFiles, options_of
 from ldm_train.data.segmentation import SegmentationMember
 from ldm_train.data.shard_cache import ShardCache
-from ldm_train.data.storage import LOCAL_FILES, Routed, ShardReadError
+from ldm_train.data.storage import LOCAL_FILES, Routed, ShardReadError, explained
 from ldm_train.nn import Autoencoder
 
 NAMED_ON_SCREEN = 20
@@ -86,6 +89,7 @@ def settings_of(arguments: argparse.Namespace, autoencoder: Autoencoder) -> Late
         arguments.interpolation,
         shapes_of(arguments, factor),
         None if arguments.segmentation is None else SegmentationMember(1, arguments.segmentation).extension,
+        arguments.max_pixels,
     )
 
 
@@ -114,7 +118,7 @@ def encode_shards(
 ) -> None:
     """Encode shards, given as (path, name), one after the other."""
     paths = [path for path, _ in own]
-    sources = SourceImages(paths, encoder.settings, arguments.batch_size, arguments.max_pixels, writer.storage)
+    sources = SourceImages(paths, encoder.settings, arguments.batch_size, writer.storage)
     loader = DataLoader(sources, batch_size=None, num_workers=arguments.workers, collate_fn=as_is)
     columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -155,19 +159,20 @@ def cache_latents(arguments: argparse.Namespace, console: Console) -> int:
     autoencoder = loaded.autoencoder.to(arguments.device).eval()
     settings = settings_of(arguments, autoencoder)
     description = {"autoencoder": {"source": str(arguments.checkpoint.absolute()), "config": loaded.node}}
-    writer = LatentCacheWriter(arguments.output, paths, settings, description, storage)
+    writer = LatentCacheWriter(arguments.output, paths, settings, description, storage, job_id())
     encoder = MomentsEncoder(autoencoder, settings)
     if arguments.verify and not arguments.overwrite and (arguments.output / MANIFEST).is_file():
         return verify(arguments.output, paths, encoder, arguments.verify, console, storage)
     own = list(zip(paths, writer.names, strict=True))[arguments.task_index :: arguments.num_tasks]
     if own and not arguments.merge:
-        if arguments.overwrite:
-            writer.begin_overwriting()
-        if pending := [(path, name) for path, name in own if writer.record(path, name) is None]:
+        if arguments.overwrite and not writer.begin_overwriting():
+            console.print(f"job {job_id()} has made all shards anew before: --overwrite begins nothing", markup=False)
+        found = writer.records([path for path, _ in own])
+        if pending := [(path, name) for path, name in own if found[path] is None]:
             encode_shards(writer, encoder, pending, arguments, console)
-    missing = writer.merge()
-    report(writer, missing, console)
-    if missing:
+    merged = writer.merge()
+    report(writer, merged, console)
+    if None in merged:
         return 1 if arguments.merge or arguments.verify else 0
     if arguments.verify:
         return verify(arguments.output, paths, encoder, arguments.verify, console, storage)
@@ -180,27 +185,25 @@ def shard_cache_of(arguments: argparse.Namespace) -> ShardCache:
     Raises:
         ValueError: if the options of the stores are no such thing.
     """
-    try:
-        options = json.loads(arguments.storage_options)
-    except ValueError:
-        options = None
-    if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
-        raise ValueError(
-            "--storage-options is no JSON object of objects; allowed are the options of each protocol, such as "
-            '{"s3": {"endpoint_url": "https://..."}}; change --storage-options'
-        )
-    return ShardCache(arguments.cache_dir, arguments.cache_bytes, RemoteFiles(options), arguments.workers)
+    remote = RemoteFiles(options_of(arguments.storage_options))
+    return ShardCache(arguments.cache_dir, arguments.cache_bytes, remote, arguments.workers)
 
 
-def report(writer: LatentCacheWriter, missing: list[str], console: Console) -> None:
-    """Say what is there, what is missing, and which samples could not be decoded."""
+def job_id() -> str | None:
+    """The job of SLURM that this process belongs to, all tasks of an array being one; None outside of SLURM."""
+    return os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+
+
+def report(writer: LatentCacheWriter, merged: list[ShardRecord | None], console: Console) -> None:
+    """Say what is there, what is missing, what belongs elsewhere, and which samples could not be decoded."""
 
     def say(text: str, style: str | None = None) -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    records = [
-        record for path, name in zip(writer.paths, writer.names, strict=True) if (record := writer.record(path, name))
-    ]
+    records = [record for record in merged if record is not None]
+    missing = [name for name, record in zip(writer.names, merged, strict=True) if record is None]
+    for name in writer.strangers():
+        say(f"not of this cache, and refused by a run whose data.shards names it: {name}; remove it", "yellow")
     for name in sorted(writer.changed):
         say(f"made of what its source was before it changed, and therefore made again: {name}", "yellow")
     damaged = [f"{record.name}: {sample['key']}: {sample['reason']}" for record in records for sample in record.damaged]
@@ -231,6 +234,13 @@ def positive(text: str) -> int:
     return number
 
 
+def natural(text: str) -> int:
+    """An option's whole number, at least 0."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{number} is given; allowed: 0 or more; change --workers")
+    return number
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -246,7 +256,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     help_text = "of the encoder's arithmetic, on a GPU (default: %(default)s)"
     add("--precision", choices=PRECISIONS, default="float32", help=help_text)
     add("--batch-size", type=positive, default=16, help="images encoded at a time (default: %(default)s)")
-    add("--workers", type=int, default=2, help="processes that decode (default: %(default)s)")
+    add("--workers", type=natural, default=2, help="processes that decode (default: %(default)s)")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--device", choices=devices, default=devices[0], help="what this machine has (default: %(default)s)")
     add("--task-index", type=int, default=0, metavar="I", help="which part of the shards is this task's")
@@ -254,7 +264,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--merge", action="store_true", help="encode nothing; write the manifest if all shards are there")
     help_text = "then compare N samples with their images; exit code 1 if they differ"
     add("--verify", type=positive, metavar="N", help=help_text)
-    help_text = "make all shards anew, together with the other tasks; one that was stopped goes on by the same command"
+    help_text = "make all shards anew, once for all tasks of a SLURM job; without SLURM, drop it to start a task again"
     add("--overwrite", action="store_true", help=help_text)
     help_text = "where copies of shards behind URLs lie, as data.cache_dir (default: a folder under TMPDIR)"
     add("--cache-dir", help=help_text)
@@ -284,7 +294,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return cache_latents(parse(argv), console)
     except (ValueError, OSError, ShardReadError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        said = explained(error, "change --output or --data")
+        console.print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ldm_train.data import ImageTextDataModule
 from ldm_train.data.locations import expand_shards
+from ldm_train.data.storage import ShardReadError, explained
 from ldm_train.metrics import LatentStatistics
 from ldm_train.nn import Autoencoder
 
@@ -54,6 +55,7 @@ def calibrate(arguments: argparse.Namespace, console: Console) -> None:
     Raises:
         FileNotFoundError: if a file is not there.
         OSError: if a file cannot be read, or the disk refuses the output.
+        ShardReadError: if a shard cannot be read.
         ValueError: if something cannot be used.
     """
     if arguments.output.suffix not in SUFFIXES[OURS]:
@@ -122,8 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         calibrate(parse(argv), console)
-    except (ValueError, OSError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    except (ValueError, OSError, ShardReadError) as error:
+        said = explained(error, "change --output or --data")
+        console.print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     return 0
 

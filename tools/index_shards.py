@@ -23,7 +23,8 @@ from ldm_train.data import RemoteFiles, Routed, ShardCache, ShardReadError
 from ldm_train.data.filters import Filter, Maximum, Minimum
 from ldm_train.data.index import CAPTION, IMAGE, METADATA, ShardIndex, build_index
 from ldm_train.data.locations import expand_shards
-from ldm_train.data.storage import LOCAL_FILES
+from ldm_train.data.remote import options_of
+from ldm_train.data.storage import LOCAL_FILES, explained
 
 NAMED_ON_SCREEN = 10
 FILTER = re.compile(r"(?P<field>[^<>=\s]+)\s*(?P<sign><=|>=)\s*(?P<value>[-+.eE\d]+)")
@@ -56,6 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="the folder that keeps indices, `data.index_dir` of the runs")
     add("--cache-dir", metavar="DIR", help="where copies of remote shards lie, `data.cache_dir` of the runs")
     add("--cache-bytes", type=positive, default=100 << 30, help="its size at most (default: %(default)s)")
+    add("--storage-options", default="{}", metavar="JSON", help="as `data.storage_options`, for shards behind URLs")
     add("--workers", type=positive, default=1, help="processes (default: %(default)s)")
     add("--segmentation", metavar="EXT", help="index segmentation maps with this extension, such as seg.png")
     add("--caption-field", metavar="FIELD", help="captions come from this field of the .json: it is required, no .txt")
@@ -103,9 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     console = Console(stderr=True)
     required = {IMAGE, CAPTION if arguments.caption_field is None else METADATA}
-    cache = ShardCache(arguments.cache_dir, arguments.cache_bytes, RemoteFiles())
     required |= {METADATA} if arguments.label else set()
     try:
+        remote = RemoteFiles(options_of(arguments.storage_options))
+        cache = ShardCache(arguments.cache_dir, arguments.cache_bytes, remote)
         arguments.output.mkdir(parents=True, exist_ok=True)
         index = build_index(
             expand_shards(arguments.shards, "shards", cache.glob),
@@ -118,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         facts = facts_of(index, arguments)
     except (ValueError, OSError, ShardReadError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        said = explained(error, "change --output, --cache-dir or the shards")
+        console.print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     if arguments.json:
         print(json.dumps(facts, indent=2))

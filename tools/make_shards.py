@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ldm_train.data.sources import Refusal, Source, UnusableSourceError, list_sources
+from ldm_train.data.storage import explained
 from ldm_train.data.writing import MAX_SAMPLES_PER_SHARD, SHARD_FILE, ShardSample, ShardWriter
 
 REFUSED = "refused.jsonl"
@@ -226,12 +227,19 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
 
 
 def publish(staging: Path, output: Path, kept: int) -> None:
-    """Move what was written into the output, replacing an earlier run's files if there are new ones."""
+    """Move what was written into the output, replacing an earlier run's files if there are new ones.
+
+    What is new is there before anything old goes, so that a kill in between loses no image.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    for path in written_before(output) if kept else []:
-        path.unlink()
-    for path in sorted(staging.iterdir(), key=lambda path: (path.suffix == ".tar", path.name)):
+    before = written_before(output) if kept else []
+    new = sorted(staging.iterdir(), key=lambda path: (path.suffix == ".tar", path.name))
+    for path in new:
         path.replace(output / path.name)
+    names = {path.name for path in new}
+    for path in before:
+        if path.name not in names:
+            path.unlink()
 
 
 def report(refusals: list[Refusal], console: Console, output: Path) -> None:
@@ -250,6 +258,7 @@ def make_shards(arguments: argparse.Namespace, console: Console) -> int:
     """Run the tool; how many samples were kept.
 
     Raises:
+        OSError: if a file cannot be read, or the disk refuses the output.
         ValueError: if the input or the output cannot be used.
     """
     output: Path = arguments.output
@@ -282,6 +291,13 @@ def positive(text: str) -> int:
     return number
 
 
+def percent(text: str) -> int:
+    """The option's whole number, 1 to 100."""
+    if not 1 <= (number := int(text)) <= 100:
+        raise argparse.ArgumentTypeError(f"{number} is given; allowed: 1 to 100; change --quality")
+    return number
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -298,7 +314,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--resize", type=positive, metavar="PIXELS", help="shrink larger images to this short side")
     add("--format", choices=("keep", *ENCODINGS), default="keep", help="encode images anew (default: %(default)s)")
-    add("--quality", type=positive, default=95, help="of jpg and webp (default: %(default)s)")
+    add("--quality", type=percent, default=95, help="of jpg and webp (default: %(default)s)")
     add("--min-size", type=positive, default=1, metavar="PIXELS", help="refuse images with a smaller short side")
     add(
         "--max-pixels", type=positive, default=ImageRules.max_pixels, help="refuse larger images (default: %(default)s)"
@@ -314,8 +330,9 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         kept = make_shards(arguments, console)
-    except ValueError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    except (ValueError, OSError) as error:
+        said = explained(error, "change --output or the first argument")
+        console.print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     if not kept:
         console.print(

@@ -70,18 +70,26 @@ def verify(
     low, high = manifest.image_range
     if low < -1.001 or high > 1.001:
         faults.append(f"images in [{low:g}, {high:g}] instead of [-1, 1], as the manifest says")
-    sources = SourceImages(paths, encoder.settings, 1, 1 << 40, storage)
+    sources = SourceImages(paths, encoder.settings, 1, storage)
     results = compare(folder, list(manifest.shards), sources, encoder, number, console)
     found = {key: result.fault for key, result in results.items() if result.fault is not None}
-    if results:
-        cached, now = (sum(r[i] for r in results.values()) / len(results) for i in (0, 1))
-        worst = max(abs(r.cached - r.now) for r in results.values())
+    figures = [result for result in results.values() if not math.isnan(result.cached)]
+    if figures:
+        cached, now = (sum(r[i] for r in figures) / len(figures) for i in (0, 1))
+        worst = max(abs(r.cached - r.now) for r in figures)
         say(
-            f"PSNR of {len(results)} samples: {cached:.3f} dB from the cache, {now:.3f} dB encoded now; largest "
+            f"PSNR of {len(figures)} samples: {cached:.3f} dB from the cache, {now:.3f} dB encoded now; largest "
             f"difference {worst:.3f} dB"
         )
     for fault in faults + sorted({f"{fault}, such as {key}" for key, fault in list(found.items())[:3]}):
         say(f"the cache differs: {fault}", "red")
+    if not results:
+        say(
+            f"nothing was compared: none of the first {number} chosen samples has an image that can be decoded; "
+            "allowed are caches with latents; change --max-pixels or --data, or give --verify more samples",
+            "red",
+        )
+        return 1
     if faults or found:
         say(
             f"{len(found)} of {len(results)} samples are not what this autoencoder makes of these images; allowed are "
@@ -95,7 +103,7 @@ def verify(
 def compare(
     folder: Path, names: Sequence[str], sources: SourceImages, encoder: MomentsEncoder, number: int, console: Console
 ) -> dict[str, Compared]:
-    """The chosen samples by their keys; those without an image are left out."""
+    """The chosen samples by their keys; those whose image cannot be decoded, then and now, are left out."""
     cache = build_index([str(folder / name) for name in names], (IMAGE,))
     if len(cache) != len(sources.index):
         raise ValueError(
@@ -108,19 +116,25 @@ def compare(
     columns = (TextColumn("verified"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         for row in progress.track(rows, description="verified"):
-            try:
-                stored = unpack(cache.read(reader, row, IMAGE)).moments
-            except DamagedSampleError:
+            stored, picture = stored_moments(cache.read(reader, row, IMAGE)), sources.picture(row)
+            if stored is not None and picture.pixels is not None:
+                result = compared(stored, to_signed_unit(picture.pixels[None]), encoder)
+            elif stored is not None:
+                result = Compared(math.nan, math.nan, f"an image that is damaged now: {picture.failure}")
+            elif picture.pixels is not None:
+                result = Compared(math.nan, math.nan, "no latents, though the image can be decoded")
+            else:
                 continue
-            picture = sources.picture(row)
-            if picture.pixels is None:
-                results[cache.full_key(row)] = Compared(
-                    math.nan, math.nan, f"an image that is damaged now: {picture.failure}"
-                )
-                continue
-            image = to_signed_unit(picture.pixels[None])
-            results[cache.full_key(row)] = compared(stored, image, encoder)
+            results[cache.full_key(row)] = result
     return results
+
+
+def stored_moments(member: bytes) -> Tensor | None:
+    """The moments (V, k C, h, w) of a member; `None` if it says why it has none."""
+    try:
+        return unpack(member).moments
+    except DamagedSampleError:
+        return None
 
 
 def compared(stored: Tensor, image: Tensor, encoder: MomentsEncoder) -> Compared:

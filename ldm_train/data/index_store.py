@@ -22,7 +22,6 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -35,11 +34,10 @@ from ldm_train.data.columns import Columns, ColumnsWriter, joined, of_scan, open
 from ldm_train.data.locations import is_url, lasting, shown
 from ldm_train.data.parallel import map_in_order, tracked
 from ldm_train.data.scanning import Contents, scan
-from ldm_train.data.storage import Identity, ShardReadError, Storage
+from ldm_train.data.storage import ShardReadError, Storage, identities
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1
-_LOOKS = 16  # files whose size and version are asked for at a time: file servers answer slowly, but many at once
 
 
 class UnwritableError(OSError):
@@ -115,8 +113,8 @@ def relative_names(locations: Sequence[str]) -> tuple[str, ...]:
 
 def looked_up(locations: Sequence[str], contents: Contents, storage: Storage) -> Table:
     """The table of shards as they are now, not scanned yet."""
-    with ThreadPoolExecutor(_LOOKS) as pool, _readable():
-        found: list[Identity] = list(pool.map(storage.identity, locations))
+    with _readable():
+        found = identities(locations, storage)
     kept = [lasting(location) for location in locations]
     return Table(contents, kept, [size for size, _ in found], [version for _, version in found])
 

@@ -24,7 +24,7 @@ from ldm_train.data.buckets import assign
 from ldm_train.data.crops import Box, Shape, covering_box
 from ldm_train.data.index import CAPTION, IMAGE, METADATA, SEGMENTATION, ShardIndex, build_index
 from ldm_train.data.latent_member import DTYPES, UNKNOWN_SIZE, pack, pack_failure
-from ldm_train.data.latents import LatentSettings
+from ldm_train.data.latent_settings import LatentSettings
 from ldm_train.data.quarantine import reason_of
 from ldm_train.data.scanning import Contents, scan
 from ldm_train.data.shards import ShardReader
@@ -95,7 +95,6 @@ class SourceImages(Dataset[PictureBatch]):
         paths: the shards.
         settings: how the images are made.
         batch_size: B.
-        max_pixels: the largest image that is decoded.
         storage: where the shards lie.
     """
 
@@ -104,13 +103,12 @@ class SourceImages(Dataset[PictureBatch]):
         paths: Sequence[str],
         settings: LatentSettings,
         batch_size: int,
-        max_pixels: int,
         storage: Storage = LOCAL_FILES,
     ) -> None:
         # Whatever else a run asks of a sample, a caption or metadata, it asks again of the cache.
         is_bucketed = settings.shapes is not None
         self.index: ShardIndex = build_index(paths, (IMAGE,), storage=storage, dimensions=is_bucketed)
-        self.settings, self.max_pixels, self.storage = settings, max_pixels, storage
+        self.settings, self.storage = settings, storage
         self.reader = ShardReader(self.index.paths, storage)
         self._buckets = self._assigned()
         self._maps: tuple[int, dict[str, list[int]]] = (-1, {})
@@ -160,7 +158,7 @@ class SourceImages(Dataset[PictureBatch]):
         if self._buckets[row] == _NO_BUCKET:
             return Picture(key, members, None, failure="its width and height cannot be read, so it is in no bucket")
         try:
-            image = decode_rgb(data, self.max_pixels)
+            image = decode_rgb(data, self.settings.max_pixels)
         except _DAMAGE as error:
             return Picture(key, members, None, claimed, failure=reason_of(error))
         size, shape = Shape(*image.shape[-2:]), self.settings.all_shapes[self._buckets[row]]

@@ -18,8 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from ldm_train.checkpoint import atomic_write
-from ldm_train.data.latents import VERSION, LatentSettings
-from ldm_train.data.locations import is_url, shown
+from ldm_train.data.latent_settings import LatentSettings
+from ldm_train.data.latents import VERSION
+from ldm_train.data.locations import is_url, lasting
 from ldm_train.data.storage import Identity, Storage
 
 _BLOCK = 1 << 22
@@ -30,7 +31,7 @@ class SourceShard:
     """A source shard when its latents were made.
 
     Attributes:
-        location: its absolute path, or its URL without secrets.
+        location: its absolute path, or the `lasting` form of its URL.
         size: bytes.
         version: as of `Storage.identity`, the time of change or an entity tag.
         digest: hash of its bytes, 32 hexadecimal digits.
@@ -49,7 +50,7 @@ class SourceShard:
 
 def location_of(path: str) -> str:
     """What a record calls a shard."""
-    return shown(path) if is_url(path) else os.path.abspath(path)
+    return lasting(path) if is_url(path) else os.path.abspath(path)
 
 
 def digest_of(path: str, storage: Storage) -> str:

@@ -6,8 +6,9 @@ last record writes the manifest. Which process makes which shard does not change
 
 To make a cache anew, by several processes that start and end in any order, the first of them removes every record,
 those of the others too, and says so in a file; the others find it and only go on. So records are never of two
-makings. The file goes when the manifest is written. It is locked while records are removed and while the manifest is
-written, so that neither happens during the other.
+makings. The file goes when the manifest is written, which keeps the ids of the jobs that made it: a task of one of
+them that is started once more finds the making finished, and begins nothing. The file is locked while records are
+removed and while the manifest is written, so that neither happens during the other.
 
 Layout: see `ldm_train.data.latents`.
 """
@@ -31,9 +32,10 @@ from ldm_train.data.index_store import relative_names
 from ldm_train.data.latent_encoding import Entry, MomentsEncoder, PictureBatch, entries, in_order
 from ldm_train.data.latent_member import EXTENSION
 from ldm_train.data.latent_records import ShardRecord, SourceShard, ValueRange, digest_of, location_of, write_json
-from ldm_train.data.latents import MANIFEST, VERSION, LatentSettings
+from ldm_train.data.latent_settings import LatentSettings
+from ldm_train.data.latents import MANIFEST, VERSION
 from ldm_train.data.locations import beside, folders_above, is_url, shown
-from ldm_train.data.storage import LOCAL_FILES, Identity, ShardReadError, Storage
+from ldm_train.data.storage import LOCAL_FILES, Identity, ShardReadError, Storage, identities
 
 OVERWRITING = ".overwriting"
 _COPIED = ("_stats.json", ".parquet")  # what img2dataset writes beside a shard, and stays true of it
@@ -65,12 +67,13 @@ class LatentCacheWriter:
         settings: of this cache.
         description: further facts for the manifest, such as the autoencoder's config.
         storage: where the source shards lie.
+        job: the id of the job that this process is a task of, which makes a cache anew once; None: there is no such id.
 
     Attributes:
         changed: names of the shards that were found to be made of what their source was before it changed.
 
     Raises:
-        ValueError: if the folder is that of the source shards, which would be overwritten.
+        ValueError: if the folder is a file, or that of the source shards, which would be overwritten.
     """
 
     def __init__(
@@ -80,11 +83,15 @@ class LatentCacheWriter:
         settings: LatentSettings,
         description: dict[str, Any],
         storage: Storage = LOCAL_FILES,
+        job: str | None = None,
     ) -> None:
         self.folder, self.paths, self.settings, self.description = folder, tuple(paths), settings, description
-        self.storage, self.changed = storage, set[str]()
+        self.storage, self.job, self.changed = storage, job, set[str]()
+        self._identities: dict[str, Identity] = {}
         self._digests: dict[tuple[str, Identity], str] = {}
         self.root, self.names = shard_names(paths)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; allowed is a folder, which may be there or not; change --output")
         if not is_url(self.root) and folder.resolve() == Path(self.root).resolve():
             raise ValueError(
                 f"{folder} holds the source shards, which the cache's would replace; allowed is another folder; change "
@@ -95,12 +102,22 @@ class LatentCacheWriter:
         """Where a shard's record lies."""
         return self.folder / f"{name.removesuffix('.tar')}_latents.json"
 
-    def record(self, path: str, name: str) -> ShardRecord | None:
-        """The record of a shard that is there as a whole, made from the source as it is now; else `None`.
+    def records(self, paths: Sequence[str] | None = None) -> "dict[str, ShardRecord | None]":
+        """Path of a source shard -> record of its shard, if that is there as a whole and made from the source as it is.
+
+        Args:
+            paths: the source shards; None: all of them.
 
         Raises:
-            ValueError: if the shard was made with other settings, or from the shard of another data set.
+            ValueError: if a shard was made with other settings, or from the shard of another data set.
         """
+        names = dict(zip(self.paths, self.names, strict=True))
+        names = names if paths is None else {path: names[path] for path in paths}
+        asked = [p for p, name in names.items() if p not in self._identities and self.record_path(name).is_file()]
+        self._identities.update(zip(asked, identities(asked, self.storage), strict=True))
+        return {path: self._record(path, name) for path, name in names.items()}
+
+    def _record(self, path: str, name: str) -> ShardRecord | None:
         record = ShardRecord.read(self.record_path(name))
         target = self.folder / name
         if record is None or not target.is_file() or target.stat().st_size != record.size:
@@ -119,7 +136,9 @@ class LatentCacheWriter:
 
     def _is_of(self, record: ShardRecord, path: str) -> bool:
         """Whether a shard was made of the content that is at a path; of a copy the record then names the place."""
-        source, identity, location = record.source, self.storage.identity(path), location_of(path)
+        if path not in self._identities:  # another process has just made it
+            self._identities[path] = self.storage.identity(path)
+        source, identity, location = record.source, self._identities[path], location_of(path)
         if source.location == location and (source.size, source.version) == identity:
             return True
         if source.size != identity.size:
@@ -129,23 +148,36 @@ class LatentCacheWriter:
         record.source = SourceShard(location, *identity, self._digests[location, identity])
         return record.source.digest == source.digest
 
-    def begin_overwriting(self) -> None:
+    def begin_overwriting(self) -> bool:
         """Remove all records, so that every shard is made again, unless another process has done so for this making.
+
+        Returns:
+            False if this job has finished the making already, and nothing is made again.
 
         Raises:
             ValueError: if the file system has no locks, by which processes agree on it.
         """
-        making = json.dumps([asdict(self.settings), self.names])
+        making = [_plain(asdict(self.settings)), self.names]
         with self._alone() as (mark, is_locked):
             if not is_locked:
                 raise ValueError(
                     f"the file system of {self.folder} has no locks, so that several tasks cannot agree to begin anew; "
                     "allowed with --overwrite are file systems with flock; remove the folder, or change --output"
                 )
-            if (self.folder / MANIFEST).is_file() or mark.read_text(encoding="utf-8") != making:
+            finished, begun = _object_in(self.folder / MANIFEST), _object_in(mark)
+            is_finished = self.job in finished.get("jobs", []) and self._is_of_these(finished)
+            if not is_finished and ((self.folder / MANIFEST).is_file() or begun.get("making") != making):
                 for path in (self.folder / MANIFEST, *map(self.record_path, self.names)):
                     path.unlink(missing_ok=True)
-                mark.write_text(making, encoding="utf-8")
+                begun = {}
+            jobs = {*begun.get("jobs", []), *(finished["jobs"] if is_finished else []), self.job} - {None}
+            write_json(mark, {"making": making, "jobs": sorted(jobs)})
+        return not is_finished
+
+    def _is_of_these(self, manifest: dict[str, Any]) -> bool:
+        """Whether a manifest is of the same settings and shards."""
+        names = [shard["name"] for shard in manifest["shards"]]
+        return names == self.names and not LatentSettings.read(manifest["settings"]).differences(self.settings)
 
     @contextmanager
     def _alone(self) -> Iterator[tuple[Path, bool]]:
@@ -197,6 +229,7 @@ class LatentCacheWriter:
         for ending in _COPIED:
             self._copy_beside(path, name, ending)
         record.write(self.record_path(name))
+        self._identities.clear()  # from before what takes hours
 
     def _copy_beside(self, path: str, name: str, ending: str) -> None:
         target = self.folder / (name.removesuffix(".tar") + ending)
@@ -208,27 +241,33 @@ class LatentCacheWriter:
         with os.fdopen(fd, "rb") as source, atomic_write(target) as temporary, temporary.open("wb") as copy:
             shutil.copyfileobj(source, copy)
 
-    def merge(self) -> list[str]:
+    def merge(self) -> list[ShardRecord | None]:
         """Write the manifest if all shards are there.
 
         Returns:
-            The names of those that are not; empty if the cache is complete.
+            The record of each shard, in the order of the names; `None` where there is none yet, see `records`.
 
         Raises:
             ValueError: if a shard was made with other settings.
         """
         with self._alone() as (mark, _):
-            found = [self.record(path, name) for path, name in zip(self.paths, self.names, strict=True)]
+            found = list(self.records().values())
             records = [record for record in found if record is not None]
             if self._digests:  # copies that were read once need not be read again
                 for record in records:
                     record.write(self.record_path(record.name))
-            missing = [name for name, record in zip(self.names, found, strict=True) if record is None]
-            if not missing:
+            if len(records) == len(found):
+                jobs = (_object_in(mark) or _object_in(self.folder / MANIFEST)).get("jobs", [])
                 with atomic_write(self.folder / MANIFEST) as temporary:
-                    write_json(temporary, self._manifest(records))
+                    write_json(temporary, {**self._manifest(records), "jobs": jobs})
                 mark.unlink()
-        return missing
+        return found
+
+    def strangers(self) -> list[str]:
+        """Names of the shards that lie beside those of this cache, and are not of it."""
+        folders = {(self.folder / name).parent for name in self.names}
+        there = {str(path.relative_to(self.folder)) for folder in folders for path in folder.glob("*.tar")}
+        return sorted(there - {*self.names})
 
     def _manifest(self, records: Sequence[ShardRecord]) -> dict[str, Any]:
         images, moments, shapes = ValueRange(), ValueRange(), dict[str, int]()
@@ -284,6 +323,20 @@ class OpenShard:
             record.moments.add(entry.moments)
             shape = "x".join(map(str, entry.moments.shape[1:]))
             record.shapes[shape] = record.shapes.get(shape, 0) + 1
+
+
+def _plain(content: dict[str, Any]) -> Any:  # noqa: ANN401
+    """As it is after it was written and read."""
+    return json.loads(json.dumps(content))
+
+
+def _object_in(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _lock(fd: int) -> bool:

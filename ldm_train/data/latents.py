@@ -28,8 +28,7 @@ Letters: V versions, C latent channels, k moments per channel, h and w size of t
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,6 +39,7 @@ from ldm_train.data.crops import Shape, covering_box, crop_of, margins
 from ldm_train.data.dataset import Draws, ImageOptions, ImageTextDataset, Sample
 from ldm_train.data.index import IMAGE, SEGMENTATION, ShardIndex, build_index
 from ldm_train.data.latent_member import TOOL, Cached, unpack
+from ldm_train.data.latent_settings import LatentSettings, sizes_of
 from ldm_train.data.locations import expand_shards, folders_above, in_folder, is_url, relative_to, shown
 from ldm_train.data.segmentation import SegmentationMember
 from ldm_train.data.storage import LOCAL_FILES, ShardReadError, Storage
@@ -51,69 +51,6 @@ VERSION = 1
 # A bicubic resize of bytes ends in bytes: no value lies outside by more than rounding.
 _TOLERANCE = 1e-3
 _COMPARED = 256  # keys that must agree where images and their latents are taken for the same samples
-
-
-@dataclass(frozen=True)
-class LatentSettings:
-    """What the values in a cache depend on besides the images.
-
-    Attributes:
-        encoder: sha256 of the encoder's weights, see `ldm_train.checkpoint.encoder_digest`.
-        image_size: side in pixels of the squares, or of the square among the shapes.
-        factor: f, by which the encoder makes them smaller.
-        latent_channels: C.
-        moments_per_channel: k.
-        dtype: type of the stored numbers, a key of `DTYPES`.
-        precision: type in which the encoder ran.
-        crop: where squares were cut out of the images.
-        flip: whether mirrored images are kept beside the others.
-        interpolation: of the resize.
-        shapes: those of the aspect buckets, from the tallest to the widest; None: all images are squares.
-        segmentation: extension of the segmentation maps that are kept beside the latents; None: none are.
-    """
-
-    encoder: str
-    image_size: int
-    factor: int
-    latent_channels: int
-    moments_per_channel: int
-    dtype: str
-    precision: str = "float32"
-    crop: str = "center"
-    flip: bool = False
-    interpolation: str = "bicubic"
-    shapes: tuple[Shape, ...] | None = None
-    segmentation: str | None = None
-
-    @classmethod
-    def read(cls, content: Mapping[str, Any]) -> "LatentSettings":
-        """Of a JSON object; what is not known is not read.
-
-        Raises:
-            KeyError: if it has no shape where one belongs.
-            TypeError: if something is missing.
-        """
-        known = {field.name for field in fields(cls)}
-        values = {name: value for name, value in content.items() if name in known}
-        if values.get("shapes") is not None:
-            values["shapes"] = tuple(Shape(*shape) for shape in values["shapes"])
-        return cls(**values)
-
-    @property
-    def all_shapes(self) -> tuple[Shape, ...]:
-        """The shapes of the images, a square at least."""
-        return self.shapes or (Shape(self.image_size, self.image_size),)
-
-    def differences(self, other: "LatentSettings") -> list[str]:
-        """`name: ours -> theirs` of every setting that differs."""
-        own, others = asdict(self), asdict(other)
-        own["shapes"], others["shapes"] = (sizes_of(settings.all_shapes) for settings in (self, other))
-        return [f"{name}: {value} -> {others[name]}" for name, value in own.items() if others[name] != value]
-
-
-def sizes_of(shapes: Sequence[Shape]) -> str:
-    """Shapes for people, width by height."""
-    return ", ".join(f"{shape.width}x{shape.height}" for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -178,7 +115,10 @@ def manifests_of(locations: Sequence[str], storage: Storage = LOCAL_FILES) -> di
             of_folder[folder] = _manifest_above(location, storage)
         manifest = found[location] = of_folder[folder]
         if relative_to(location, manifest.folder) not in manifest.shards:
-            raise _unlike(location, "is there", "nothing of it")
+            raise ValueError(
+                f"{shown(location)} is there, its cache's {MANIFEST} says nothing of it; allowed are shards of the "
+                "cache, not what an earlier one left beside them; remove it, or change `data.shards`"
+            )
     return found
 
 
@@ -188,14 +128,10 @@ def check_sizes(indices: Sequence[ShardIndex]) -> None:
         for location, size, manifest in zip(index.paths, index.file_sizes, _manifests(index).values(), strict=True):
             told = manifest.shards[relative_to(location, manifest.folder)]
             if told != size:
-                raise _unlike(location, f"has {size} bytes", str(told))
-
-
-def _unlike(location: str, found: str, told: str) -> ValueError:
-    return ValueError(
-        f"{shown(location)} {found}, its cache's {MANIFEST} says {told}; allowed are shards as the tool left them; run "
-        "it again with --overwrite, or change `data.shards`"
-    )
+                raise ValueError(
+                    f"{shown(location)} has {size} bytes, its cache's {MANIFEST} says {told}; allowed are shards as "
+                    "the tool left them; run it again with --overwrite, or change `data.shards`"
+                )
 
 
 def _manifest_above(location: str, storage: Storage) -> Manifest:
@@ -271,6 +207,7 @@ class LatentCache:
         interpolation = options.interpolation
         _check(interpolation == settings.interpolation, "interpolation", interpolation, settings.interpolation)
         _check(options.reducing_gap is None, "reducing_gap", options.reducing_gap, "null: all pixels were encoded")
+        _check(options.max_pixels == settings.max_pixels, "max_pixels", options.max_pixels, settings.max_pixels)
         sizes = sizes_of(shapes or [Shape(options.image_size, options.image_size)])
         wanted = f"{'null' if shapes is None else 'set'}, which asks for the shapes {sizes},"
         _check(sizes == sizes_of(settings.all_shapes), "buckets", wanted, sizes_of(settings.all_shapes))
@@ -299,10 +236,20 @@ class LatentCache:
 
         Raises:
             FileNotFoundError: see `reference_paths`.
+            ShardReadError: if they cannot be read, as where a store asks for a signature.
             ValueError: if they are not the same samples.
         """
         paths = self.reference_paths(cached, list_remote)
-        return image_rows(cached, build_index(paths, required, segmentation, storage=cached.storage))
+        try:
+            images = build_index(paths, required, segmentation, storage=cached.storage)
+        except ShardReadError as error:
+            if self.reference_shards is not None:
+                raise
+            raise ShardReadError(
+                f"real images are asked for, and those that the cache was made of cannot be read: {error} A manifest "
+                "keeps no signature, password or key: set `data.latents.reference_shards` to the same shards with it."
+            ) from error
+        return image_rows(cached, images)
 
     def reference_paths(
         self, cached: ShardIndex, list_remote: Callable[[str], list[str]] | None = None

@@ -14,19 +14,30 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from braceexpand import braceexpand
 
 PROTOCOLS = ("s3", "gs", "hf", "http", "https")
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]*)://")
 _MAGIC = re.compile(r"[*?\[]")
-_USER = re.compile(r"(\w://)[^/?\s'\"]*@")
+# Name and password before a host, where a slash in the password is told from a port and a path; what may hold secrets
+# behind a path: query, fragment and parameters. `_IN_TEXT`: the same in a text, which goes on behind it.
+_USER = re.compile(r"[^/?#]*@|[^/:@?#\[]+:(?!\d*(?:[/?#]|$)).*@", re.DOTALL)
+_QUERY = re.compile(r"\?")
+_BEHIND = re.compile(r"\?|[#;](?=[\w.~-]+=)")
+_URL_ENDS = re.compile(r"['\"\n]")
+_USER_IN_TEXT = re.compile(r"(\w://)(?:[^/?#\s'\"]*@|[^/:@?#\[\s'\"]+:(?!\d*(?:[/?#\s'\"]|$))[^\s'\"]*@)")
+_BEHIND_IN_TEXT = re.compile(
+    r"((?:(['\"])[A-Za-z][\w+.-]*|\w)://(?:(?!\?|[#;][\w.~-]+=)[^'\"\n])*)([?#;])(?(2)[^'\"\n]*|[^\s'\"]*)"
+)
 # Parameters that sign a request and say nothing of what is asked for: of AWS, Google, Alibaba and CloudFront, and
 # tokens under their usual names; and what means that only beside a signature, as Azure's do.
 _SIGNING = re.compile(
     r"x-(amz|goog|oss)-.*|(aws|google|oss)accesskeyid|googleaccessid|key-pair-id|.*token|.*signature|"
-    r"(.*[-_])?(sig|password|secret|api[-_]?key|auth|authorization|credentials?)"
+    r"(.*[-_])?(sig|password|secret|api[-_]?key|auth|authorization|credentials?)|.*session_?id"
 )
+_OFTEN_SECRET = {"key", "code", "jwt"}  # names that may as well say what is asked for
 _BESIDE_SIGNATURE = {"expires", "policy", "sv", "ss", "srt", "sp", "se", "st", "sr", "spr", "sip", "sdd", "ses", "scid"}
 _BESIDE_SIGNATURE |= {"skoid", "sktid", "skt", "ske", "sks", "skv", "saoid", "suoid"}
 _SHORT = 5  # letters of a text that stands in messages for other reasons too
@@ -48,10 +59,40 @@ def protocol_of(location: str) -> str:
     return scheme[1]
 
 
+class _Url(NamedTuple):
+    """The parts of a URL: what stands before `@`, host and path, and what comes behind the path, with its mark."""
+
+    protocol: str
+    user: str
+    place: str
+    behind: str
+
+    @property
+    def parameters(self) -> list[tuple[str, str]]:
+        """Name and value of all that comes behind the path."""
+        parts = [part for part in re.split("[?&;#]", self.behind) if part]
+        return [(name, value) for name, _, value in (part.partition("=") for part in parts)]
+
+
+def _is_http(url: str) -> bool:
+    return url.partition("://")[0].lower() in ("http", "https")
+
+
+def _parsed(url: str, behind_path: re.Pattern[str] = _BEHIND) -> _Url:
+    protocol, _, rest = url.partition("://")
+    user = _USER.match(rest)
+    rest = rest[user.end() :] if user else rest
+    cut = behind.start() if (behind := behind_path.search(rest)) else len(rest)
+    return _Url(protocol, user[0][:-1] if user else "", rest[:cut], rest[cut:])
+
+
 def shown(text: str) -> str:
-    """A text with the secrets of the URLs in it left out: the user's name and password, and the query."""
-    text = _USER.sub(r"\1", text)
-    return re.sub(r"(\w://[^\s'\"?]*)\?[^\s'\"]*", r"\1?...", text)
+    """A location, or a text with URLs in it, without their secrets: user and password, and what is behind the path."""
+    if not is_url(text):
+        return _BEHIND_IN_TEXT.sub(r"\1\3...", _USER_IN_TEXT.sub(r"\1", text))
+    url = _parsed(text)
+    ending = f"{url.behind[0]}..." if url.behind else ""
+    return _USER_IN_TEXT.sub(r"\1", f"{url.protocol}://{url.place}") + ending
 
 
 def lasting(location: str) -> str:
@@ -62,38 +103,37 @@ def lasting(location: str) -> str:
     """
     if not is_url(location):
         return location
-    protocol, mark, rest = location.partition("://")
-    path, _, query = rest.partition("?")
-    authority, slash, name = path.partition("/")
-    user, _, host = authority.rpartition("@")
-    parts = [part for part in re.split("[&;]", query) if part]
-    names = {part.partition("=")[0].lower() for part in parts}
+    url = _parsed(location, _BEHIND if _is_http(location) else _QUERY)  # a store's keys may have any letter
+    names = {name.lower() for name, _ in url.parameters}
     signing = {name for name in names if _SIGNING.fullmatch(name)}
     signing |= _BESIDE_SIGNATURE if names & {"sig", "signature"} else set()
-    kept = [part for part in parts if part.partition("=")[0].lower() not in signing]
-    kept += [user] if user and protocol not in ("http", "https") else []  # a store's own way to name a file
+    asked = [part for part in re.split("[?&;#]", url.behind) if part]
+    kept = [part for part in asked if part.partition("=")[0].lower() not in signing]
+    kept += [url.user] if url.user and not _is_http(url.protocol) else []  # a store's own way to name a file
     ending = f"?{hashlib.sha256('&'.join(kept).encode()).hexdigest()[:16]}" if kept else ""
-    return protocol + mark + host + slash + name + ending
+    return f"{url.protocol}://{url.place}{ending}"
 
 
 def secrets_of(url: str) -> list[str]:
     """The texts of a URL that no message may hold: user and password, the query, each of its values."""
-    authority, _, query = url.partition("://")[2].partition("?")
-    user, at, _ = authority.partition("/")[0].rpartition("@")
-    values = [part.partition("=")[2] for part in re.split("[&;]", query)]
-    found = [query, *values, *([user, user.partition(":")[2]] if at else [])]
+    parts = _parsed(url)
+    values = [value for _, value in parts.parameters]
+    found = [parts.behind[1:], *values, parts.user, parts.user.partition(":")[2]]
     return sorted({text for text in found if len(text) > _SHORT}, key=len, reverse=True)
 
 
 def holds_secret(text: str) -> bool:
-    """Whether a text has a URL with a password or a signature in it."""
-    for url in re.findall(r"\w://[^\s'\"]+", text):
-        authority, _, query = url.partition("://")[2].partition("?")
-        user, _, _ = authority.partition("/")[0].rpartition("@")
-        pairs = [part.partition("=") for part in re.split("[&;]", query)]
-        if user.partition(":")[2] or any(value and _SIGNING.fullmatch(name.lower()) for name, _, value in pairs):
-            return True
-    return False
+    """Whether a text has a URL with a password, a token or a signature in it."""
+    if is_url(text):
+        return _has_secret(_parsed(text))
+    return any(_has_secret(_parsed(_URL_ENDS.split(text[match.start() :])[0])) for match in _SCHEME.finditer(text))
+
+
+def _has_secret(url: _Url) -> bool:
+    _, colon, password = url.user.partition(":")
+    names = {name.lower() for name, value in url.parameters if value}
+    is_signed = any(name in _OFTEN_SECRET or _SIGNING.fullmatch(name) for name in names)
+    return is_signed or bool(password or (url.user and not colon and _is_http(url.protocol)))
 
 
 def beside(location: str, ending: str) -> str:

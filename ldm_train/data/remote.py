@@ -11,6 +11,7 @@ them, for fsspec's event loop is a thread, and threads do not survive a fork.
 """
 
 import errno
+import json
 import os
 import random
 import sys
@@ -198,10 +199,29 @@ class RemoteFiles:
         return {**self.__dict__, "_systems": {}, "_owner": 0}
 
 
+def options_of(text: str) -> dict[str, dict[str, Any]]:
+    """The options of stores that a command line gives as JSON, for `RemoteFiles`.
+
+    Raises:
+        ValueError: if they are no such thing.
+    """
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
+        raise ValueError(
+            "--storage-options is no JSON object of objects; allowed are the options of each protocol, such as "
+            '{"s3": {"endpoint_url": "https://..."}}; change --storage-options'
+        )
+    return options
+
+
 def _texts(value: object) -> list[str]:
-    """Every text in the options that may be a secret: all but addresses and names of a few letters."""
+    """Every text or number in the options that may be a secret: all but addresses and names of a few letters."""
     if isinstance(value, Mapping):
         value = list(value.values())
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [text for part in value for text in _texts(part)]
-    return [value] if isinstance(value, str) and len(value) > 5 and "://" not in value else []
+    text = str(value)
+    return [text] if not isinstance(value, bool) and len(text) > 5 and "://" not in text else []

@@ -5,13 +5,35 @@ they need not know whether the bytes were always here or have just been fetched.
 """
 
 import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 from ldm_train.data.locations import is_url
 
+_LOOKS = 16  # files whose size and version are asked for at a time: file servers answer slowly, but many at once
+_OF_WORKER = "in DataLoader worker process"
+
 
 class ShardReadError(RuntimeError):
     """A shard could not be read although it was tried again: the storage is at fault, not a sample."""
+
+
+def explained(error: Exception, remedy: str) -> str:
+    """What an error found, what is allowed and what to change: in our own words, or around those of the system.
+
+    Args:
+        error: as it was raised, in this process or by a worker of a DataLoader.
+        remedy: what to change where the system refused a file.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return (
+            f"{error.filename or 'a file'}: {error.strerror}; allowed are files that this user can read, and folders "
+            f"that can be written and have room; {remedy}"
+        )
+    if _OF_WORKER in str(error):  # it says where it happened, then what
+        return str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+    return str(error)
 
 
 class Identity(NamedTuple):
@@ -52,6 +74,12 @@ class LocalFiles:
 
 
 LOCAL_FILES = LocalFiles()
+
+
+def identities(locations: Iterable[str], storage: Storage) -> list[Identity]:
+    """The identities of many files, asked for in threads: a store answers each after a while."""
+    with ThreadPoolExecutor(_LOOKS) as pool:
+        return list(pool.map(storage.identity, locations))
 
 
 class Routed:

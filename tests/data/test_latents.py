@@ -12,8 +12,8 @@ from ldm_train.data.index import IMAGE, build_index
 from ldm_train.data.latent_encoding import MomentsEncoder, SourceImages
 from ldm_train.data.latent_member import DTYPES, DamagedSampleError, pack, pack_failure, unpack
 from ldm_train.data.latent_records import ValueRange
+from ldm_train.data.latent_settings import LatentSettings
 from ldm_train.data.latent_writing import LatentCacheWriter
-from ldm_train.data.latents import LatentSettings
 from ldm_train.data.storage import LOCAL_FILES
 from ldm_train.data.transforms import to_signed_unit
 from tests.data.conftest import sample, write_tar
@@ -28,12 +28,12 @@ def cached(source_paths, folder, storage=LOCAL_FILES, **changes):
     writer = LatentCacheWriter(folder, source_paths, settings_, {}, storage)
     encoder, sources = (
         MomentsEncoder(autoencoder().eval(), settings_),
-        SourceImages(source_paths, settings_, 2, 1 << 20, storage),
+        SourceImages(source_paths, settings_, 2, storage),
     )
     for number, (path, name) in enumerate(zip(source_paths, writer.names, strict=True)):
         with writer.shard(path, name) as shard:
             shard.fill(encoder, [batch for batch in sources if batch.shard == number], sources.index.starts[number])
-    assert writer.merge() == []
+    assert None not in writer.merge()
     return str(folder / "*.tar")
 
 
@@ -186,6 +186,7 @@ def modules_again(module, latents=None):
         ),
         ({"interpolation": "bilinear"}, "`data.interpolation` is bilinear"),
         ({"reducing_gap": 1.0}, "`data.reducing_gap` is 1.0"),
+        ({"max_pixels": 100}, "`data.max_pixels` is 100 with cached latents; allowed is 67108864"),
     ],
 )
 def test_a_run_that_wants_other_images_is_refused(source, tmp_path, options, message):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_train.data import ImageTextDataModule, LatentCache, RemoteFiles, Routed, ShardCache
+from ldm_train.data import ImageTextDataModule, LatentCache, RemoteFiles, Routed, ShardCache, ShardReadError
+from ldm_train.data.latent_records import location_of
 from ldm_train.data.latent_writing import shard_names
 from ldm_train.data.storage import LOCAL_FILES
 from tests.data.conftest import sample, write_tar
@@ -130,3 +131,20 @@ def test_names_of_shards_are_relative_to_the_folder_of_all():
         with pytest.raises(ValueError, match=r"no folder holds all shards.*change --data"):
             shard_names(paths)
     assert Path(shard_names(["0.tar"])[0]) == Path.cwd()
+
+
+def test_a_signed_url_and_the_same_without_signature_are_one_location():
+    signed = [f"https://h/a.tar?X-Amz-Expires=9&X-Amz-Signature={signature}" for signature in ("S", "T")]
+    assert {location_of(url) for url in (*signed, "https://h/a.tar")} == {"https://h/a.tar"}
+    assert location_of("https://h/get?id=1") != location_of("https://h/get?id=2")
+
+
+def test_images_that_need_a_signature_are_asked_for_under_their_key(here, tmp_path):
+    pytest.importorskip("aiohttp")
+    manifest = tmp_path / "latents" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    with serving(tmp_path / "nothing") as server:  # as a server answers where no signature is given
+        content["source"]["root"] = server.url
+        manifest.write_text(json.dumps(content))
+        with pytest.raises(ShardReadError, match=r"404.*set `data.latents.reference_shards`"):
+            list(module_of(here, tmp_path).reference_batches(4, 2))

@@ -7,7 +7,7 @@ import pytest
 
 from ldm_train.data import ImageTextDataModule, RemoteFiles, ShardReader, ShardReadError, build_index
 from ldm_train.data.index_store import relative_names
-from ldm_train.data.locations import expand_shards, lasting, secrets_of, shown
+from ldm_train.data.locations import expand_shards, holds_secret, lasting, secrets_of, shown
 from tests.data.conftest import sample, write_tar
 from tests.data.faulty_server import serving
 
@@ -62,6 +62,38 @@ def test_texts_lose_passwords_of_any_letters_and_queries():
     assert set(secrets_of("https://me:password@h/a?x=1&token=abcdefg")) == {"me:password", "password", "abcdefg"} | {
         "x=1&token=abcdefg"
     }
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://127.0.0.1:9/a b.tar?sig=SECRET", "http://127.0.0.1:9/a b.tar?..."),
+        ("https://h/a.tar#token=SECRET", "https://h/a.tar#..."),
+        ("https://h/a.tar;jsessionid=SECRET", "https://h/a.tar;..."),
+        ("s3://KEY:SEC/RET@bucket/a.tar", "s3://bucket/a.tar"),
+        ("https://SECRET@h/a.tar", "https://h/a.tar"),
+        *((f"https://h/a.tar?{name}=SECRET", "https://h/a.tar?...") for name in ("key", "code", "jwt", "api_key")),
+    ],
+)
+def test_wherever_a_secret_stands_it_is_left_out_and_warned_of(url, said):
+    assert (shown(url), holds_secret(url)) == (said, True)
+    assert shown(f"error: {url}!").removesuffix("!") == f"error: {said}"
+    assert holds_secret(f"['s3://b/0.tar', '{url}']")
+    assert "SECRET" not in shown(repr([url, url])).replace("SEC/RET", "SECRET")
+    assert "SECRET" not in lasting(url)
+
+
+@pytest.mark.parametrize("url", ["https://h:80/a@b c.tar", "http://[::1]:80/a@b", "hf://a@main/x.tar", "s3://b/a;b#1"])
+def test_what_is_no_secret_is_not_taken_for_one(url):
+    assert not holds_secret(url)
+    assert shown(url) == url.replace("a@main", "main")
+
+
+def test_one_location_says_nothing_behind_its_path_though_there_are_blanks():
+    assert shown("https://m e:p w@h/a b.tar?sig=A B C") == "https://h/a b.tar?..."
+    assert shown("['s3://b/0.tar', 'https://h/a b.tar?sig=A B C'] x?") == "['s3://b/0.tar', 'https://h/a b.tar?...'] x?"
+    assert lasting("https://h/a.tar#token=SECRET") == lasting("https://h/a.tar;jsessionid=S?sig=T") == "https://h/a.tar"
+    assert lasting("s3://b/a;b=1#c=2.tar") == "s3://b/a;b=1#c=2.tar"  # a key of a store
 
 
 def _run(tmp_path, url, signature):
@@ -127,14 +159,18 @@ def test_an_error_names_no_secret(tmp_path, status):
 
 
 def test_an_error_of_a_server_that_repeats_what_it_was_asked_names_no_secret(monkeypatch):
-    remote = RemoteFiles({"s3": {"secret": "SECRET_OPTION", "keys": ["LISTED_SECRET"]}}, attempts=1)
+    remote = RemoteFiles({"s3": {"secret": "SECRET_OPTION", "keys": ["LISTED_SECRET", 12345678901]}}, attempts=1)
 
     def refused():
-        raise OSError(22, "cannot sign GET /a.tar?X-Amz-Signature=SIGNATURE for SECRET_OPTION, LISTED_SECRET")
+        raise OSError(
+            22, "cannot sign GET /a.tar?X-Amz-Signature=SIGNATURE for SECRET_OPTION, LISTED_SECRET, 12345678901"
+        )
 
     with pytest.raises(ShardReadError) as failure:
         remote._tried("https://host/a.tar?X-Amz-Signature=SIGNATURE", refused)
-    assert not any(secret in str(failure.value) for secret in ("SIGNATURE", "SECRET_OPTION", "LISTED_SECRET"))
+    assert not any(
+        secret in str(failure.value) for secret in ("SIGNATURE", "SECRET_OPTION", "LISTED_SECRET", "1234567")
+    )
 
 
 def test_a_shard_that_fails_in_training_is_named_without_its_signature(tmp_path):

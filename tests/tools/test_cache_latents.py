@@ -15,7 +15,7 @@ import lightning as L
 import pytest
 import torch
 
-from ldm_train.data import ImageTextDataModule, LatentCache, latent_encoding
+from ldm_train.data import ImageTextDataModule, LatentCache, ShardReadError, latent_encoding
 from ldm_train.stages import CachedMoments
 from tests.data.conftest import sample, write_tar
 from tests.data.faulty_server import serving
@@ -247,6 +247,37 @@ def test_moments_too_large_for_their_type_are_refused(source, tmp_path, capsys):
 def test_what_cannot_be_used_is_refused(source, tmp_path, capsys, options, message):
     assert run(source, tmp_path / "out", *options) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("output", "found"),
+    [("file", "file is a file; allowed is a folder"), ("/proc/x", "No such file or directory; allowed are")],
+)
+def test_an_output_that_cannot_be_written_is_said_in_three_parts(source, tmp_path, capsys, output, found):
+    (tmp_path / "file").write_text("mine")
+    assert run(source, tmp_path / output, model=checkpoint(tmp_path / "a.ckpt")) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert found in said
+    assert "change --output" in said
+
+
+def test_a_number_of_workers_is_not_negative(source, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(source, tmp_path / "out", "--workers", -1)
+    assert "-1 is given; allowed: 0 or more; change --workers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_a_worker_cannot_read_is_named_without_a_traceback(source, tmp_path, capsys, monkeypatch, workers):
+    def read(self, row):
+        raise ShardReadError("0.tar could not be read")
+
+    monkeypatch.setattr(latent_encoding.SourceImages, "picture", read)
+    assert run(source, tmp_path / "out", "--workers", workers) == 2
+    said = capsys.readouterr().err
+    assert "error: 0.tar could not be read" in said
+    assert "Traceback" not in said
+    assert "DataLoader" not in said
 
 
 def test_the_source_folder_is_no_output(source, tmp_path, capsys):

@@ -6,15 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import cache_latents
 import pytest
 
-from ldm_train.data import latent_records, latent_writing
+from ldm_train.data import LocalFiles, latent_records, latent_writing
+from ldm_train.data.latents import manifests_of
 from tests.tools.test_cache_latents import arguments, run, same_files, source
 
 __all__ = ["source"]
+
+
+@pytest.fixture(autouse=True)
+def _no_job(monkeypatch):
+    """The job of SLURM that the tests may run in is not that of the tool."""
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def times(folder):
@@ -141,6 +151,58 @@ def test_a_task_that_is_started_again_goes_on_and_one_without_shards_begins_noth
     assert run(source, out, "--overwrite") == 0
     assert all(time != before[name] for name, time in times(out).items())
     assert not (out / latent_writing.OVERWRITING).exists()
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"])
+def test_a_task_that_a_finished_job_runs_once_more_leaves_the_cache_alone(source, tmp_path, capsys, monkeypatch, name):
+    out, tasks = tmp_path / "out", [("--overwrite", "--task-index", index, "--num-tasks", 2) for index in range(2)]
+    assert run(source, out) == 0
+    before = times(out)
+    for job, task in zip(("7", "8"), tasks, strict=True):  # of two jobs, each of which may run again
+        monkeypatch.setenv(name, job)
+        assert run(source, out, *task) == 0
+    made, manifest = times(out), (out / "manifest.json").read_bytes()
+    assert all(time != before[name] for name, time in made.items())
+    for job, task in zip(("7", "8"), tasks, strict=True):
+        monkeypatch.setenv(name, job)
+        assert run(source, out, *task) == 0
+        assert f"job {job} has made all shards anew before" in said(capsys)
+    assert (times(out), (out / "manifest.json").read_bytes()) == (made, manifest)
+    assert not (out / latent_writing.OVERWRITING).exists()
+    assert run(source, out, *tasks[0], "--dtype", "float32") == 0  # another cache
+    monkeypatch.setenv(name, "9")
+    assert run(source, out, "--overwrite") == 0
+    assert all(time != made[name] for name, time in times(out).items())
+
+
+def test_the_identity_of_a_shard_is_asked_for_as_seldom_as_can_be_and_in_threads(source, tmp_path, monkeypatch):
+    asked, threads = [], set()
+    right = LocalFiles.identity
+
+    def identity(self, location):
+        asked.append(location)
+        threads.add(threading.get_ident())
+        time.sleep(0.01)
+        return right(self, location)
+
+    assert run(source, tmp_path / "out") == 0
+    monkeypatch.setattr(LocalFiles, "identity", identity)
+    assert run(source, tmp_path / "out") == 0
+    assert len(asked) == 4
+    assert len(threads) > 1
+
+
+def test_what_a_larger_cache_left_is_named_and_how_to_get_rid_of_it(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(source, out) == 0
+    assert "not of this cache" not in said(capsys)
+    fewer = tmp_path / "shards" / "{00000,00002}.tar"
+    assert run(fewer, out, "--overwrite") == 0
+    text = said(capsys)
+    assert "names it: 00001.tar; remove it" in text
+    assert "names it: 00003.tar; remove it" in text
+    with pytest.raises(ValueError, match=r"00001.tar is there, .* says nothing of it; .*remove it, or change"):
+        manifests_of(sorted(map(str, out.glob("*.tar"))))
 
 
 def test_without_locks_a_cache_is_made_but_not_anew(source, tmp_path, capsys, monkeypatch):

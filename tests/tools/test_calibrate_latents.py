@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import ldm_train
 from ldm_train.checkpoint import load_pretrained, read_checkpoint
-from ldm_train.data import ImageTextDataModule
+from ldm_train.data import ImageTextDataModule, ShardReadError
 from ldm_train.interchange import build, export_compvis
 from tests.interchange.networks import KINDS, SMALL, random_autoencoder
 
@@ -61,6 +61,16 @@ def test_one_number_for_all_channels_as_published(source, tmp_path):
     assert not autoencoder.latent_mean.any()
     assert len(autoencoder.latent_std.unique()) == 1
     torch.testing.assert_close(mean.var(correction=0) + variance.mean(), torch.tensor(1.0), rtol=1e-4, atol=0)
+
+
+def test_a_shard_that_cannot_be_read_is_an_error_without_a_traceback(source, tmp_path, capsys, monkeypatch):
+    class Failing(ImageTextDataModule):
+        def reference_batches(self, *_):
+            raise ShardReadError("0.tar could not be read")
+
+    monkeypatch.setattr(calibrate_latents, "ImageTextDataModule", Failing)
+    assert run(source(SMALL), tmp_path / "out.ckpt") == 2
+    assert "error: 0.tar could not be read" in capsys.readouterr().err
 
 
 def test_the_batch_size_does_not_matter(source, tmp_path):

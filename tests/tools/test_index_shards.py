@@ -5,7 +5,7 @@ import json
 import index_shards
 import pytest
 
-from ldm_train.data import index_store
+from ldm_train.data import RemoteFiles, index_store
 from ldm_train.data.index import build_index
 from ldm_train.data.locations import expand_shards
 from tests.data.conftest import sample, write_tar
@@ -63,3 +63,13 @@ def test_wrong_conditions_are_refused(shards, tmp_path, condition, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(shards, "--output", tmp_path / "index", "--filter", condition)
     assert "allowed" in capsys.readouterr().err
+
+
+def test_options_of_a_store_reach_it_and_wrong_ones_are_refused(shards, tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(index_shards, "RemoteFiles", lambda options: seen.append(options) or RemoteFiles(options))
+    given = ("--storage-options", '{"s3": {"anon": true}}')
+    assert run(shards, "--output", tmp_path / "index", *given) == 0
+    assert seen == [{"s3": {"anon": True}}]
+    assert run(shards, "--output", tmp_path / "index", "--storage-options", "[1]") == 2
+    assert "change --storage-options" in capsys.readouterr().err

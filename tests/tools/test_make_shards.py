@@ -344,33 +344,3 @@ def test_errors_say_what_was_found_what_is_allowed_and_what_to_change(
     message = capsys.readouterr().err
     assert all(part in message for part in parts)
     assert sorted(tmp_path.rglob("*")) == before  # nothing is left behind
-
-
-def test_overwrite_replaces_the_shards_and_nothing_else(folder, tmp_path):
-    output = tmp_path / "out"
-    run(folder, output, "--samples-per-shard", 2)
-    for name in ("NOTICE", "2024_photos.tar.md", "my.parquet"):
-        (output / name).write_text("mine")
-    assert run(folder, output, "--overwrite") == 0
-    assert sorted(files(output)) == [
-        "00000.parquet",
-        "00000.tar",
-        "00000_stats.json",
-        "2024_photos.tar.md",
-        "NOTICE",
-        "my.parquet",
-    ]
-    for name in NAMES:
-        (folder / name).unlink()
-    assert run(folder, output, "--overwrite") == 1
-    assert len(samples(output)) == len(NAMES)  # nothing to replace them with
-
-
-def test_a_run_that_dies_leaves_no_output(folder, tmp_path, monkeypatch):
-    def die(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(make_shards.ShardWriter, "_finish_shard", die)
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
