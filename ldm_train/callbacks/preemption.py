@@ -80,7 +80,7 @@ class Preemption(Checkpoint):
         self._received, self._received_at = 0, 0.0
         self._agreement: Agreement | None = None
         self._looked_at, self._longest_wait, self._saved = 0.0, 0.0, 0.0
-        self._is_warned = False
+        self._is_warned = self._has_begun = False
         self._previous: dict[int, Handler] = {}
 
     def remember(self, number: int, frame: FrameType | None = None) -> None:
@@ -105,6 +105,10 @@ class Preemption(Checkpoint):
         assert self._agreement is not None
         self._leave(self._agreement.now(self._received))
 
+    def on_train_batch_start(self, *_: Any) -> None:  # noqa: ANN401
+        """From now on there is a batch to be left."""
+        self._has_begun = True
+
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
         """Leaves if the batch ended an optimizer step: gradients that were only accumulated would be lost."""
         self.leave_if_told(trainer)
@@ -117,6 +121,8 @@ class Preemption(Checkpoint):
         """Saves, when contexts have been left and the raw weights are back."""
         if not isinstance(exception, Preempted):
             return
+        if self._has_begun:
+            _log_left_batch(trainer)
         for writer in _writers(trainer):
             writer.save_interrupted(trainer)
         if trainer.is_global_zero:
@@ -187,6 +193,16 @@ class _NoHandlers(_SignalConnector):
 
     def register_signal_handlers(self) -> None:
         """The handlers of `Preemption` stay."""
+
+
+def _log_left_batch(trainer: L.Trainer) -> None:
+    """Log the figures of a batch that is trained, but whose last hooks were left: no start will train it again."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.total
+    if trainer.training and batches.processed > batches.completed:  # type: ignore[attr-defined]
+        trainer._logger_connector.on_batch_end()
+        trainer._logger_connector.update_train_step_metrics()
+        for logger in trainer.loggers:
+            logger.save()
 
 
 def interruptible(trainer: L.Trainer, items: Iterable[Item]) -> Iterator[Item]:

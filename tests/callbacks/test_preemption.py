@@ -8,10 +8,11 @@ import lightning as L
 import pytest
 from torch.utils.data import DataLoader
 
-from ldm_train.callbacks import CheckpointWriter, Preempted, Preemption, SampleEvaluation
+from ldm_train.callbacks import CheckpointWriter, MetricsCSV, Preempted, Preemption, SampleEvaluation
 from ldm_train.callbacks.preemption import SIGNALS, interruptible, listening
 from ldm_train.checkpoint import read_checkpoint
 from tests.callbacks.toy import NUM_IMAGES, ToyData, ToyStage, batch_of, trainer_of
+from tests.test_end_to_end import metrics
 
 
 class SameBatches(ToyData):
@@ -39,7 +40,8 @@ def fit(tmp_path, *callbacks, requeue=False, **options):
     """One start of a run in `tmp_path`; it goes on from what the last one saved."""
     writer, stage = CheckpointWriter(str(tmp_path), every_n_steps=100), ToyStage()
     preemption = Preemption(requeue=requeue)
-    defaults = {"max_steps": 12, "val_check_interval": 4, "enable_checkpointing": True}
+    defaults = {"max_steps": 12, "val_check_interval": 4, "enable_checkpointing": True, "log_every_n_steps": 1}
+    defaults["logger"] = MetricsCSV(str(tmp_path))
     trainer = trainer_of(tmp_path, [preemption, *callbacks, writer], **defaults | options)
     path = tmp_path / "last.ckpt"
     with listening(trainer):
@@ -72,6 +74,7 @@ def test_a_run_that_is_told_to_go_ends_with_the_bits_and_validations_of_an_unbro
     assert stop.value.code == 128 + number
     fit(tmp_path / "broken", Validations(steps))
     assert expected == steps == [4, 8, 12]
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "unbroken")
     unbroken, broken = (read_checkpoint(tmp_path / name / "last.ckpt") for name in ("unbroken", "broken"))
     for part in ("global_step", "epoch", "lr_schedulers"):
         assert unbroken[part] == broken[part]
@@ -220,6 +223,7 @@ def test_work_between_two_looks_is_left_at_an_item(tmp_path):
     with pytest.raises(Preempted):
         fit(tmp_path, Work())
     assert done == [0, 1, 2, 3]
+    assert len(metrics(tmp_path)["train/loss"]) == 1
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 1
 
 
