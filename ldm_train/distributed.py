@@ -62,19 +62,23 @@ class Agreement:
         self._work: dist.Work | None = None
         self._pending = torch.zeros(1, dtype=torch.int64)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is nobody to agree with."""
+        return self._group is None
+
     def exchange(self, value: int) -> int:
         """What the previous call agreed on, 0 on the first; with one process, `value`."""
         if self._group is None:
             return value
         agreed = self._settled()
-        if agreed == 0:
-            self._pending = torch.tensor([value])
-            self._work = dist.all_reduce(self._pending, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = torch.tensor([value])
+        self._work = dist.all_reduce(self._pending, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
 
     def now(self, value: int) -> int:
         """What this call and the one before agree on; waits for the slowest rank."""
-        return self.exchange(value) or self._settled() if self._group is not None else value
+        return max(self.exchange(value), self._settled())
 
     def wait(self, seconds: float) -> None:
         """Wait until all ranks are here.

@@ -7,6 +7,7 @@ another job takes its place. What happens then, in this order:
    those that it interrupted, and ranks that wait for each other in different places wait for ever.
 2. After each batch, of training, of validation, and of images that are generated to judge the model, the ranks agree on
    the largest number that any of them remembers. They see it one batch later, all in the same place, and leave there.
+   Where batches take milliseconds they do so after some of them, ten times a second or so.
 3. What is left undone is undone as by any error, so that the weights are the raw ones again; then one checkpoint is
    written, of the last optimizer step. A validation that was left is repeated from its first batch by the next start.
 4. Loggers are closed, and rank 0 has the job started again: by the handler that was there before, submitit's, or by
@@ -42,6 +43,9 @@ _log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 _ONE_EVENT = 2.0  # seconds in which signals have one cause: SLURM sends some of them twice
 _WAIT_FOR_RANK_0 = 60.0
+# Ranks that look for signals in each step of a millisecond would spend 4 % of it on that; where all of them find that
+# less than this has passed since they last looked, they let more steps pass, up to so many.
+_OFTEN, _MOST_STEPS = 0.1, 16
 
 Item = TypeVar("Item")
 
@@ -79,6 +83,7 @@ class Preemption(Checkpoint):
         self._owner = os.getpid()
         self._received, self._received_at = 0, 0.0
         self._agreement: Agreement | None = None
+        self._every, self._to_go = 1, 1  # steps between two looks, and to the next one
         self._looked_at, self._longest_wait, self._saved = 0.0, 0.0, 0.0
         self._is_warned = self._has_begun = False
         self._previous: dict[int, Handler] = {}
@@ -103,7 +108,9 @@ class Preemption(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A signal may have come while the run was starting."""
         assert self._agreement is not None
-        self._leave(self._agreement.now(self._received))
+        self._leave(self._agreement.now(2 * self._received) // 2)
+        self._agreement.exchange(1)  # begin with a look in each step
+        self._look_often()
 
     def on_train_batch_start(self, *_: Any) -> None:  # noqa: ANN401
         """From now on there is a batch to be left."""
@@ -112,6 +119,14 @@ class Preemption(Checkpoint):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
         """Leaves if the batch ended an optimizer step: gradients that were only accumulated would be lost."""
         self.leave_if_told(trainer)
+
+    def on_validation_start(self, *_: Any) -> None:  # noqa: ANN401
+        """Its batches may take longer than those of the training."""
+        self._look_often()
+
+    def on_validation_end(self, *_: Any) -> None:  # noqa: ANN401
+        """And those of the training longer than its."""
+        self._look_often()
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
         """Leaves the validation; its averaged weights and its figures are dropped."""
@@ -137,9 +152,20 @@ class Preemption(Checkpoint):
             Preempted: if any rank has received a signal.
         """
         assert self._agreement is not None
-        if trainer.state.fn != "fit" or not trainer.fit_loop.epoch_loop._should_accumulate():
+        if trainer.state.fn == "fit" and trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        if self._agreement.is_alone:
             self._measure(trainer)
-            self._leave(self._agreement.exchange(self._received))
+            self._leave(self._received)
+            return
+        self._to_go -= 1
+        if self._to_go > 0:
+            return
+        # The number twice, plus one if this rank has waited long: of the ranks' values the largest tells both.
+        agreed = self._agreement.exchange(2 * self._received + (self._measure(trainer) > _OFTEN))
+        self._leave(agreed // 2)
+        self._every = 1 if agreed else min(2 * self._every, _MOST_STEPS)
+        self._to_go = self._every
 
     def hand_over(self, trainer: L.Trainer, number: int) -> None:
         """Rank 0 has the job started again; the others stay until it has, because SLURM ends a job with its first."""
@@ -164,16 +190,19 @@ class Preemption(Checkpoint):
             signal.signal(number, handler)
         self._previous = {}
 
+    def _look_often(self) -> None:
+        self._every = self._to_go = 1
+
     def _leave(self, number: int) -> None:
         if number:
             raise Preempted(number)
 
-    def _measure(self, trainer: L.Trainer) -> None:
-        """Compares what leaving takes with the time there is, once it is known how long a save takes."""
+    def _measure(self, trainer: L.Trainer) -> float:
+        """Seconds since the last look; compares what leaving takes with the time there is, once a save was made."""
         writers = _writers(trainer)
         now, saved = time.monotonic(), sum(writer.seconds for writer in writers)
-        if self._looked_at:
-            self._longest_wait = max(self._longest_wait, now - self._looked_at - (saved - self._saved))
+        waited = now - self._looked_at - (saved - self._saved) if self._looked_at else 0.0
+        self._longest_wait = max(self._longest_wait, waited)
         self._looked_at, self._saved = now, saved
         longest_save = max((writer.longest_save for writer in writers), default=0.0)
         # Two waits: the one during which the signal comes, and the one after which all ranks know of it.
@@ -186,6 +215,7 @@ class Preemption(Checkpoint):
                 "change `callbacks.preemption.grace_seconds`",
                 *(longest_save, self._longest_wait, self.grace_seconds, int(2 * needed) + 1),
             )
+        return waited
 
 
 class _NoHandlers(_SignalConnector):
@@ -212,6 +242,8 @@ def interruptible(trainer: L.Trainer, items: Iterable[Item]) -> Iterator[Item]:
         Preempted: between two items.
     """
     preemption = _of(trainer)
+    if preemption is not None:
+        preemption._look_often()
     for item in items:
         if preemption is not None:
             preemption.leave_if_told(trainer)
