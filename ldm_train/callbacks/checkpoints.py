@@ -92,13 +92,13 @@ class CheckpointWriter(Checkpoint):
         if self.every_minutes is not None:
             self._agreement = Agreement()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The best figure so far."""
-        return {"best": self._best}
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The best figure so far is part of a run's state."""
+        checkpoint["best_figure"] = self._best
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on with it."""
-        self._best = state_dict["best"]
+        self._best = checkpoint.get("best_figure")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The state a run resumes from needs no second save."""

@@ -80,14 +80,6 @@ class SampleEvaluation(L.Callback):
         self._loaded_step = 0
         self._broken_off: int | None = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """The step whose evaluation is not done, if the run is left in the midst of it."""
-        return {"broken_off": self._broken_off}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """It is done at the start."""
-        self._broken_off = state_dict["broken_off"]
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The untrained model's figures, to compare with; in a resumed run those that the last start broke off."""
         step = trainer.global_step
@@ -113,9 +105,14 @@ class SampleEvaluation(L.Callback):
         if trainer.state.fn == "validate":
             self.evaluate(trainer, pl_module, self._loaded_step)
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Tells the step whose evaluation is not done, if the run is left in the midst of it."""
+        checkpoint["evaluation_broken_off"] = self._broken_off
+
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lightning restores the step of a run that is continued, not of one that is judged."""
         self._loaded_step = checkpoint["global_step"]
+        self._broken_off = checkpoint.get("evaluation_broken_off")
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Generates, measures, logs and draws; every rank must call it."""

@@ -42,11 +42,13 @@ class Jobs:
     def __init__(self, cluster, folder):
         self.cluster, self.folder = cluster, folder
 
-    def submit(self, run_id):
+    def submit(self, run_id, *overrides, time="60", signal="USR1@120", shared=False, output=None):
         path = f"{Path(sys.executable).parent}:{self.cluster.environment['PATH']}"
         variables = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-        options = ["--nodes=2", "--ntasks-per-node=1", "--exclusive", "--time=60", f"--output={self.output(run_id)}"]
-        overrides = [*RUN, *TWO_NODES, f"run_id={run_id}", f"paths.root={self.folder}"]
+        options = ["--nodes=2", "--ntasks-per-node=1", f"--output={self.output(output or run_id)}"]
+        options += [] if shared else ["--exclusive"]
+        options += [f"--time={time}", f"--signal={signal}"]
+        overrides = [*RUN, *TWO_NODES, f"run_id={run_id}", f"paths.root={self.folder}", *overrides]
         return self.cluster.submit(
             f"--chdir={ROOT}", *options, ROOT / "slurm" / "train.sbatch", *overrides, **variables
         )
@@ -118,10 +120,46 @@ def _one_run(jobs, unbroken, run_id, ways):
         print(f"{run_id}: {how} in {place}, requeued after {time.monotonic() - began:.1f} s", flush=True)
     facts = jobs.finish(job, run_id)
     assert int(facts["Restarts"]) == len(ways)
+    _assert_same_end(unbroken, run_id)
+    assert last(unbroken, run_id=run_id)["provenance"]["restarts"] == len(ways)
+
+
+def _assert_same_end(unbroken, run_id):
     expected, found = last(unbroken, run_id="unbroken"), last(unbroken, run_id=run_id)
     for part in PARTS:
         assert equal(found[part], expected[part]), (run_id, part)
-    assert found["provenance"]["restarts"] == len(ways)
     of_unbroken, of_broken = (metrics(unbroken / "demo" / name) for name in ("unbroken", run_id))
     for key in ("train/loss", "val/loss", "val/fid_randomconv"):
         assert of_broken[key] == of_unbroken[key], (run_id, key)
+
+
+def test_a_job_that_is_cancelled_saves_and_does_not_come_back(jobs):
+    job = jobs.submit("cancelled")
+    jobs.cluster.wait_for_text(job, jobs.output("cancelled"), PLACES["training"])
+    jobs.cluster.run("scancel", job)
+    facts = jobs.cluster.wait(job, 60)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
+    assert last(jobs.folder, run_id="cancelled")["global_step"] >= 2
+
+
+def test_of_two_jobs_with_one_run_id_the_second_is_refused(jobs):
+    """Both fit on the nodes: each takes a part of their CPUs."""
+    first = jobs.submit("twice", "callbacks.pace.seconds=1", shared=True)
+    jobs.cluster.wait_for_text(first, jobs.output("twice"), f"step 1/{STEPS}")
+    second = jobs.submit("twice", shared=True, output="second")
+    assert jobs.cluster.wait(second, 120)["JobState"] == "FAILED"
+    said = jobs.output("second").read_text()
+    assert f"job {first}; allowed is one run at a time in a directory" in said
+    assert "change `run_id`" in said
+    jobs.cluster.run("scancel", first)
+    jobs.cluster.wait(first, 60)
+
+
+@pytest.mark.skipif(int(os.environ.get("LDM_PREEMPTIONS", "0")) < 20, reason="takes five minutes: LDM_PREEMPTIONS=20")
+def test_a_job_whose_time_is_up_goes_on_in_another_one(jobs, unbroken):
+    """SLURM may be a minute early, so nothing shorter than two minutes lets a training begin."""
+    job = jobs.submit("timed", "callbacks.pace.seconds=3", time="2", signal="USR1@30")
+    facts = jobs.cluster.wait(job, 600)
+    assert facts["JobState"] == "COMPLETED", jobs.output("timed").read_text()[-4000:]
+    assert int(facts["Restarts"]) >= 1
+    _assert_same_end(unbroken, "timed")
