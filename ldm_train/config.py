@@ -9,6 +9,7 @@ import difflib
 import inspect
 import operator
 import os
+import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -166,6 +167,22 @@ def explain_override(error: BaseException | None) -> str | None:
         owner = str(cause.parent_node["_target_"])
         allowed = list(inspect.signature(hydra.utils.get_object(owner)).parameters)
     return None if key in allowed else _unknown(path, key, owner, allowed)
+
+
+def unwritable(error: OSError) -> str:
+    """What to do about a directory that cannot be made or written."""
+    return (
+        f"{error.filename} cannot be written ({error.strerror}); allowed is a directory of yours with room in it; "
+        "change `paths.root`, or the environment variable LDM_RUNS"
+    )
+
+
+def explain_unmade(error: BaseException | None) -> str | None:
+    """The same, if the error is that a directory could not be made; `None` for all other errors."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return unwritable(error) if frame.f_code.co_name == "mkdir" else None
 
 
 def build(cfg: DictConfig, callbacks: tuple[L.Callback, ...] = ()) -> Run:

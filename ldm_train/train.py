@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.callbacks import RunRecord, finish_wandb, listening
 from ldm_train.checkpoint import UNTRAINED, load_weights, read_checkpoint, verify_checkpoint
-from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain
+from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain, unwritable
 from ldm_train.data import ShardReadError
 from ldm_train.locking import LockHeldError, sole_writer
 
@@ -123,10 +123,7 @@ def _own_directory(run_dir: Path, trainer: L.Trainer) -> Iterator[None]:
         except LockHeldError as error:
             raise ConfigError(str(error)) from error
         except OSError as error:
-            raise ConfigError(
-                f"{run_dir} cannot be written ({error.strerror}); allowed is a directory of yours with room in it; "
-                "change `paths.root`"
-            ) from error
+            raise ConfigError(unwritable(error)) from error
         yield
 
 

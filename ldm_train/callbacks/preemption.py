@@ -170,8 +170,9 @@ class Preemption(Checkpoint):
     def hand_over(self, trainer: L.Trainer, number: int) -> None:
         """Rank 0 has the job started again; the others stay until it has, because SLURM ends a job with its first."""
         if trainer.is_global_zero and self.requeue:
-            launchers = [handler for key in (number, *SIGNALS[:2]) if callable(handler := self._previous.get(key))]
-            ask_for_another_start(number, launchers[0] if launchers else None)
+            # Submitit requeues at its user signal; what it has for SIGTERM only says that it came.
+            launchers = [(key, handler) for key in SIGNALS[:2] if callable(handler := self._previous.get(key))]
+            ask_for_another_start(*(launchers[0] if launchers else (number, None)))
         if self._agreement is not None:
             try:
                 self._agreement.wait(_WAIT_FOR_RANK_0)

@@ -136,8 +136,9 @@ def test_the_handlers_of_before_are_back_afterwards(tmp_path):
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_the_launcher_s_handler_is_called_when_all_is_saved(tmp_path, monkeypatch):
-    """As submitit does it: its handler requeues and exits."""
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_the_launcher_s_handler_is_called_when_all_is_saved(tmp_path, monkeypatch, number):
+    """As submitit does it: its handler of USR2 requeues and exits, the one of SIGTERM does nothing."""
     called = []
 
     def handler(number, frame):
@@ -146,14 +147,15 @@ def test_the_launcher_s_handler_is_called_when_all_is_saved(tmp_path, monkeypatc
 
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("PATH", "")  # no scontrol
-    previous = signal.signal(signal.SIGUSR2, handler)
+    previous = signal.signal(signal.SIGUSR2, handler), signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         with pytest.raises(Preempted) as stop:
-            fit(tmp_path, Sender("on_train_batch_end", 2, signal.SIGUSR2), requeue=True)
+            fit(tmp_path, Sender("on_train_batch_end", 2, number), requeue=True)
     finally:
-        signal.signal(signal.SIGUSR2, previous)
+        signal.signal(signal.SIGUSR2, previous[0])
+        signal.signal(signal.SIGTERM, previous[1])
     assert called == [(signal.SIGUSR2, True)]
-    assert stop.value.code == 128 + signal.SIGUSR2
+    assert stop.value.code == 128 + number
 
 
 @pytest.mark.parametrize(("state", "calls"), [("RUNNING", ["show", "requeue"]), ("CANCELLED", ["show"])])
