@@ -21,6 +21,7 @@ this callback is used they are not installed.
 """
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -169,6 +170,7 @@ class Preemption(Checkpoint):
 
     def hand_over(self, trainer: L.Trainer, number: int) -> None:
         """Rank 0 has the job started again; the others stay until it has, because SLURM ends a job with its first."""
+        self._received_at = math.inf  # SLURM ends the old start of a requeued job by a signal: that is no second one
         if trainer.is_global_zero and self.requeue:
             # Submitit requeues at its user signal; what it has for SIGTERM only says that it came.
             launchers = [(key, handler) for key in SIGNALS[:2] if callable(handler := self._previous.get(key))]

@@ -155,7 +155,7 @@ def test_of_two_jobs_with_one_run_id_the_second_is_refused(jobs):
     jobs.cluster.wait(first, 60)
 
 
-@pytest.mark.skipif(int(os.environ.get("LDM_PREEMPTIONS", "0")) < 20, reason="takes five minutes: LDM_PREEMPTIONS=20")
+@pytest.mark.skipif(int(os.environ.get("LDM_PREEMPTIONS", "0")) < 20, reason="takes eight minutes: LDM_PREEMPTIONS=20")
 def test_a_job_whose_time_is_up_goes_on_in_another_one(jobs, unbroken):
     """SLURM may be a minute early, so nothing shorter than two minutes lets a training begin."""
     job = jobs.submit("timed", "callbacks.pace.seconds=3", time="2", signal="USR1@30")
