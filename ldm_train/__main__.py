@@ -5,7 +5,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from ldm_train.config import ConfigError, conf_dir, explain_override, register
+from ldm_train.config import ConfigError, conf_dir, explain_override, explain_unmade, register
 from ldm_train.train import train
 
 register()
@@ -25,8 +25,9 @@ if __name__ == "__main__":
     try:
         main()
     except SystemExit as stop:
-        # Hydra prints that a key is unknown and exits while it handles that error; what is allowed, it does not say.
-        explanation = explain_override(stop.__context__)
+        # Hydra prints that a key is unknown, or a directory not to be written, and exits while it handles that error;
+        # what is allowed, it does not say.
+        explanation = explain_override(stop.__context__) or explain_unmade(stop.__context__)
         if explanation:
             print(f"ldm_train: {explanation}", file=sys.stderr)
         raise

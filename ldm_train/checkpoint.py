@@ -117,6 +117,35 @@ def read_checkpoint(path: Path, key: str = "resume", *, is_foreign: bool = False
     return checkpoint
 
 
+def verify_checkpoint(path: Path, key: str = "resume") -> dict[str, Any]:
+    """Read every byte of a checkpoint and compare it with the checksums that the file holds.
+
+    Args:
+        path: the file.
+        key: the config key that named it, for errors.
+
+    Returns:
+        As `read_checkpoint`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is cut, a byte of it has changed, or it holds more than plain tensors and values.
+    """
+    checkpoint = read_checkpoint(path, key)
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except _UNREADABLE as error:
+            damaged = f"{type(error).__name__}: {error}"
+        if damaged is not None:
+            raise ValueError(
+                f"{path} is damaged (in {damaged}); allowed are files as they were written; change `{key}`, or take "
+                "`previous.ckpt` beside it"
+            )
+    return checkpoint
+
+
 def strict_load(module: nn.Module, state: Mapping[str, Tensor], allowed_missing: tuple[str, ...] = ()) -> None:
     """Load a state dict of exactly the module's names and shapes.
 

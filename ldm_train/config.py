@@ -9,7 +9,7 @@ import difflib
 import inspect
 import operator
 import os
-import re
+import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,14 +29,11 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError
 
 from ldm_train.checkpoint import load_weights, read_checkpoint
-from ldm_train.data.locations import holds_secret, shown
+from ldm_train.data.locations import shown
+from ldm_train.secrets import without_secrets
 
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 _TASKS = ("fit", "validate")
-_OPTIONS = "storage_options"
-_SECRET_OPTION = re.compile("key|secret|token|passw|auth|credential|account|connection", re.IGNORECASE)
-_DIGITS_OF_LIMITS = 5  # of `connection_timeout` and the like
-_INTERPOLATION = re.compile(r"\$\{[^{}]*\}")
 _PLAIN_TYPES = (str, int, float, bool)
 _PARENTS_ARGUMENTS = {"trainer": {"callbacks", "logger"}}
 
@@ -184,6 +181,22 @@ def explain_override(error: BaseException | None) -> str | None:
     return None if key in allowed else _unknown(path, key, owner, allowed)
 
 
+def unwritable(error: OSError) -> str:
+    """What to do about a directory that cannot be made or written."""
+    return (
+        f"{error.filename} cannot be written ({error.strerror}); allowed is a directory of yours with room in it; "
+        "change `paths.root`, or the environment variable LDM_RUNS"
+    )
+
+
+def explain_unmade(error: BaseException | None) -> str | None:
+    """The same, if the error is that a directory could not be made; `None` for all other errors."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return unwritable(error) if frame.f_code.co_name == "mkdir" else None
+
+
 def build(cfg: DictConfig, callbacks: tuple[L.Callback, ...] = ()) -> Run:
     """Build the parts of a run; the one place where configs become objects.
 
@@ -257,40 +270,9 @@ def _moved(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """The resolved config as plain dictionaries, fit for a checkpoint: signatures, passwords and the like are `...`."""
-    container = _without_secrets(OmegaConf.to_container(cfg, resolve=True))
+    container = without_secrets(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-def _without_secrets(value: Any, is_option: bool = False) -> Any:  # noqa: ANN401
-    """URLs without user, password and query; of `storage_options` no text or number that is no URL."""
-    if isinstance(value, dict):
-        return {key: _without_secrets(part, is_option or key == _OPTIONS) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(part, is_option) for part in value]
-    if value is None or isinstance(value, bool) or not (is_option or isinstance(value, str)):
-        return value
-    return "..." if is_option and "://" not in str(value) else shown(str(value))
-
-
-def secrets_in_clear(cfg: DictConfig) -> list[str]:
-    """The keys of `data` whose value holds a secret itself, and not the name of an environment variable that does."""
-    data = OmegaConf.to_container(cfg.data, resolve=False) if isinstance(cfg.data, DictConfig) else {}
-    return sorted({key for key, text in _texts(data, "data") if _is_secret(key, _INTERPOLATION.sub("", text))})
-
-
-def _texts(value: object, path: str) -> Iterator[tuple[str, str]]:
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in parts:
-        yield from _texts(part, path if isinstance(value, list) else _joined(path, key))
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        yield path, str(value)
-
-
-def _is_secret(key: str, text: str) -> bool:
-    is_option = f".{_OPTIONS}." in key and _SECRET_OPTION.search(key.rpartition(".")[2]) is not None
-    is_limit = text.isdigit() and len(text) <= _DIGITS_OF_LIMITS
-    return holds_secret(text) or bool(is_option and text.strip() and not is_limit)
 
 
 def _instantiate(node: DictConfig, key: str, **given: object) -> Any:  # noqa: ANN401

@@ -4,6 +4,8 @@ Every function is correct before a process group exists (`global_rank` is then 0
 over ranks is its argument), so that metrics and callbacks hold no `if distributed` of their own.
 """
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,3 +45,54 @@ def all_gather_cat(value: Tensor) -> Tensor:
     parts = [torch.empty_like(value) for _ in range(world_size())]
     dist.all_gather(parts, value.detach().contiguous())
     return torch.cat(parts)
+
+
+class Agreement:
+    """The largest of the ranks' small numbers, the same on every rank, without waiting for a device.
+
+    The numbers travel between CPUs, in a process group of their own, and `exchange` returns what the call *before* this
+    one agreed on: the network has the time of a training step, and no rank waits for another. Every rank must make the
+    same calls in the same order, and construct it at the same place.
+    """
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        if _group_exists():
+            self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]
+        self._work: dist.Work | None = None
+        self._pending = torch.zeros(1, dtype=torch.int64)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is nobody to agree with."""
+        return self._group is None
+
+    def exchange(self, value: int) -> int:
+        """What the previous call agreed on, 0 on the first; with one process, `value`."""
+        if self._group is None:
+            return value
+        agreed = self._settled()
+        self._pending = torch.tensor([value])
+        self._work = dist.all_reduce(self._pending, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def now(self, value: int) -> int:
+        """What this call and the one before agree on; waits for the slowest rank."""
+        return max(self.exchange(value), self._settled())
+
+    def wait(self, seconds: float) -> None:
+        """Wait until all ranks are here.
+
+        Raises:
+            RuntimeError: if one of them does not come in that time.
+        """
+        if self._group is not None:
+            self._settled()
+            dist.monitored_barrier(self._group, timeout=timedelta(seconds=seconds))
+
+    def _settled(self) -> int:
+        if self._work is None:
+            return 0
+        self._work.wait()
+        self._work = None
+        return int(self._pending)

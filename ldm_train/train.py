@@ -7,7 +7,7 @@ import platform
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.callbacks import RunRecord, finish_wandb
-from ldm_train.checkpoint import UNTRAINED, load_weights, read_checkpoint
-from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain, secrets_in_clear
+from ldm_train.callbacks import RunRecord, finish_wandb, listening
+from ldm_train.checkpoint import UNTRAINED, load_weights, read_checkpoint, verify_checkpoint
+from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain, unwritable
 from ldm_train.data import ShardReadError, folders_of
 from ldm_train.data.storage import explained
+from ldm_train.locking import LockHeldError, sole_writer
+from ldm_train.secrets import secrets_in_clear
 from ldm_train.stages import LatentDiffusion, make_class_images, refuse_if_cut
 
 _log = logging.getLogger(__name__)
@@ -64,20 +66,20 @@ def train(cfg: DictConfig) -> float | None:
             f"task=validate found no checkpoint in {run_dir}; allowed are a path, or auto when this run has written "
             "one; change `resume`"
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
     config = plain(cfg)
     run = build(cfg, callbacks=(RunRecord(config),))
-    with _refusals():
-        _complete_folders(run)
-        _ = run.data.train_index, run.data.val_index  # type: ignore[attr-defined]  # finds the shards, or does not
-        run.stage.check_data(run.data.latent_facts)  # type: ignore[attr-defined, operator]
-    try:
-        if cfg.task == "validate" and checkpoint is not None:
-            _validate(run, checkpoint)
-        else:
-            _fit(run, checkpoint, config)
-    finally:
-        finish_wandb()
+    with listening(run.trainer), _own_directory(run_dir, run.trainer):
+        with _refusals():
+            _complete_folders(run)
+            _ = run.data.train_index, run.data.val_index  # type: ignore[attr-defined]  # finds the shards, or does not
+            run.stage.check_data(run.data.latent_facts)  # type: ignore[attr-defined, operator]
+        try:
+            if cfg.task == "validate" and checkpoint is not None:
+                _validate(run, checkpoint)
+            else:
+                _fit(run, checkpoint, config)
+        finally:
+            finish_wandb()
     value = run.trainer.callback_metrics.get(cfg.metric)
     return None if value is None else float(value)
 
@@ -104,18 +106,42 @@ def resume_path(resume: str, run_dir: Path) -> Path | None:
                 "anew) and the path of a checkpoint; change `resume`"
             )
         return path
+    damaged = None
     for name in ("last.ckpt", "previous.ckpt"):
         path = run_dir / "checkpoints" / name
         if path.is_file():
             try:
-                read_checkpoint(path)
+                verify_checkpoint(path)
             except ValueError as error:
+                damaged = error
                 _log.warning("%s; trying the one before", error)
                 continue
             if name != "last.ckpt":
                 _log.warning("There is no whole last.ckpt in %s; going on from %s", path.parent, name)
             return path
+    if damaged is not None:
+        raise ConfigError(
+            f"found no whole checkpoint in {run_dir / 'checkpoints'}: {damaged}; allowed are a whole one, or `never` "
+            "to start anew over them; change `resume`"
+        )
     return None
+
+
+@contextmanager
+def _own_directory(run_dir: Path, trainer: L.Trainer) -> Iterator[None]:
+    """The run's directory, made if it is not there, and written by no second run meanwhile."""
+    if not trainer.is_global_zero:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(sole_writer(run_dir / ".lock", key="run_id"))
+        except LockHeldError as error:
+            raise ConfigError(str(error)) from error
+        except OSError as error:
+            raise ConfigError(unwritable(error)) from error
+        yield
 
 
 _PRECISIONS = ("32-true", "32", "bf16-mixed", "16-mixed")

@@ -7,7 +7,8 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
 from ldm_train import config
-from ldm_train.config import ConfigError, build, check, conf_dir, explain_override, plain, secrets_in_clear
+from ldm_train.config import ConfigError, build, check, conf_dir, explain_override, plain
+from ldm_train.secrets import secrets_in_clear
 from ldm_train.train import train
 
 from .conftest import composed, filled

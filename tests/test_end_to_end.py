@@ -174,7 +174,7 @@ def test_a_run_stopped_in_its_closing_work_does_that_work_again(tiny_runs, tmp_p
         broken.setattr(LatentCalibration, "on_train_end", fail)
         with pytest.raises(Power):
             train(composed(*overrides, root=tmp_path))
-    assert last(tmp_path, "demo_autoencoder")["global_step"] == 2
+    assert last(tmp_path, "demo_autoencoder")["global_step"] == 3
     train(composed(*overrides, root=tmp_path))
     stage, _ = load_run(tmp_path / "demo_autoencoder/default/checkpoints/last.ckpt")
     assert last(tmp_path, "demo_autoencoder")["global_step"] == 4

@@ -1,11 +1,12 @@
 """What happens around training steps: averaging, judging, drawing, saving, measuring, guarding, tracking.
 
 The order in a config is the order of the calls, and it matters: `ThroughputMonitor` comes first (what follows a step is
-a pause), then `NonFiniteGuard`, `RunSummary` and `EMACallback`, then whatever samples, draws or saves.
+a pause), then `NonFiniteGuard`, `RunSummary` and `EMACallback`, then whatever samples, draws or saves. Lightning calls
+`Preemption` and `CheckpointWriter` after all others.
 """
 
 from ldm_train.callbacks.calibration import LatentCalibration
-from ldm_train.callbacks.checkpoints import AdapterExport, CheckpointWriter, RunRecord
+from ldm_train.callbacks.checkpoints import AdapterExport, CheckpointError, CheckpointWriter
 from ldm_train.callbacks.ema import EMACallback, evaluation_weights
 from ldm_train.callbacks.generation import SampleEvaluation
 from ldm_train.callbacks.guards import NonFiniteGuard, NonFiniteLossError
@@ -13,7 +14,9 @@ from ldm_train.callbacks.health import AutoencoderHealth
 from ldm_train.callbacks.image_grid import AdapterGrid, ReconstructionGrid
 from ldm_train.callbacks.likelihood import LikelihoodEvaluation
 from ldm_train.callbacks.loss_by_time import LossByTime
+from ldm_train.callbacks.preemption import Preempted, Preemption, interruptible, listening
 from ldm_train.callbacks.progress import progress_bar
+from ldm_train.callbacks.provenance import RunRecord
 from ldm_train.callbacks.reconstruction import ReconstructionFrechet
 from ldm_train.callbacks.summary import RunSummary
 from ldm_train.callbacks.throughput import ThroughputMonitor
@@ -23,6 +26,7 @@ __all__ = [
     "AdapterExport",
     "AdapterGrid",
     "AutoencoderHealth",
+    "CheckpointError",
     "CheckpointWriter",
     "EMACallback",
     "LatentCalibration",
@@ -31,6 +35,8 @@ __all__ = [
     "MetricsCSV",
     "NonFiniteGuard",
     "NonFiniteLossError",
+    "Preempted",
+    "Preemption",
     "ReconstructionFrechet",
     "ReconstructionGrid",
     "RunRecord",
@@ -39,6 +45,8 @@ __all__ = [
     "ThroughputMonitor",
     "evaluation_weights",
     "finish_wandb",
+    "interruptible",
+    "listening",
     "progress_bar",
     "wandb_logger",
 ]

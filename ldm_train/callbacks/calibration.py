@@ -7,6 +7,7 @@ posterior have, without drawing; summed over all ranks, and of the averaged weig
 import lightning as L
 
 from ldm_train.callbacks.ema import evaluation_weights
+from ldm_train.callbacks.preemption import interruptible
 from ldm_train.data import ImageTextDataModule
 from ldm_train.distributed import global_rank, world_size
 from ldm_train.metrics import LatentStatistics
@@ -45,8 +46,9 @@ class LatentCalibration(L.Callback):
         assert isinstance(data, ImageTextDataModule)
         statistics = LatentStatistics(pl_module.autoencoder.latent_channels, with_divergence=False)
         statistics.to(pl_module.device)
+        batches = data.reference_batches(self.num_images, self.batch_size)
         with evaluation_weights(trainer, pl_module):
-            for i, batch in enumerate(data.reference_batches(self.num_images, self.batch_size)):
+            for i, batch in enumerate(interruptible(trainer, batches)):
                 if i % world_size() == global_rank():
                     statistics.update(*pl_module.latent_moments(batch["image"].to(pl_module.device)))
         mean, std, _ = statistics.compute()

@@ -21,6 +21,7 @@ from torch import Tensor
 from ldm_train.batch import ImageTextBatch
 from ldm_train.callbacks.drawing import Tile, blocks_of_rows, captioned_grid, labelled_rows
 from ldm_train.callbacks.ema import evaluation_weights
+from ldm_train.callbacks.preemption import interruptible
 from ldm_train.callbacks.progress import subtask
 from ldm_train.callbacks.tracking import log_metrics, save_picture
 from ldm_train.distributed import all_reduce_sum, global_rank, world_size
@@ -77,12 +78,14 @@ class SampleEvaluation(L.Callback):
         self.retrieval = CaptionRetrieval(extractor)
         self._evaluated_step = -1
         self._loaded_step = 0
+        self._broken_off: int | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The untrained model's figures, to compare with."""
-        if trainer.global_step == 0:
-            self.evaluate(trainer, pl_module, step=0)
-        self._evaluated_step = trainer.global_step
+        """The untrained model's figures, to compare with; in a resumed run those that the last start broke off."""
+        step = trainer.global_step
+        if step == 0 or self._broken_off == step:
+            self.evaluate(trainer, pl_module, step)
+        self._evaluated_step = step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: ImageTextBatch, batch_idx: int
@@ -102,13 +105,18 @@ class SampleEvaluation(L.Callback):
         if trainer.state.fn == "validate":
             self.evaluate(trainer, pl_module, self._loaded_step)
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Tells the step whose evaluation is not done, if the run is left in the midst of it."""
+        checkpoint["evaluation_broken_off"] = self._broken_off
+
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lightning restores the step of a run that is continued, not of one that is judged."""
         self._loaded_step = checkpoint["global_step"]
+        self._broken_off = checkpoint.get("evaluation_broken_off")
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Generates, measures, logs and draws; every rank must call it."""
-        self._evaluated_step = step
+        self._evaluated_step = self._broken_off = step
         for metric in (self.distance, self.retrieval):
             metric.to(pl_module.device)
             metric.reset()
@@ -122,6 +130,7 @@ class SampleEvaluation(L.Callback):
         if trainer.is_global_zero:
             save_picture(trainer, sheet.drawn(f"Step {step}. {shown}"), self.path(step), "val/samples", step)
             print(f"step {step}: {shown}; {self.path(step)}", flush=True)
+        self._broken_off = None
 
     def path(self, step: int) -> Path:
         """The sheet of a step."""
@@ -132,7 +141,7 @@ class SampleEvaluation(L.Callback):
         sheet = _Sheet()
         count = self._count(trainer)
         with evaluation_weights(trainer, pl_module), subtask(trainer, "images generated", count) as advance:
-            for rows, whole in _batches_of_rank(trainer, count, self.batch_size):
+            for rows, whole in interruptible(trainer, _batches_of_rank(trainer, count, self.batch_size)):
                 own = _select(whole, rows)
                 images = torch.zeros(whole["image"].shape, dtype=torch.uint8, device=pl_module.device)
                 if rows:
@@ -165,7 +174,7 @@ class SampleEvaluation(L.Callback):
             self.distance.set_reference(load_statistics(path, identity))
             return
         with subtask(trainer, "real images measured", count) as advance:
-            for rows, whole in _batches_of_rank(trainer, count, self.batch_size):
+            for rows, whole in interruptible(trainer, _batches_of_rank(trainer, count, self.batch_size)):
                 self.distance.update(whole["image"][rows].to(pl_module.device), real=True)
                 advance(len(whole["caption"]))
         statistics = self.distance.keep_reference()

@@ -22,10 +22,12 @@ from torchmetrics import Metric
 
 from ldm_train.batch import ImageTextBatch
 from ldm_train.callbacks.ema import evaluation_weights
+from ldm_train.callbacks.preemption import interruptible
 from ldm_train.callbacks.progress import subtask
 from ldm_train.callbacks.tracking import log_metrics
 from ldm_train.diffusion import Bound, variational_bound
 from ldm_train.diffusion.likelihood import strata
+from ldm_train.distributed import global_rank
 from ldm_train.stages import LatentDiffusion
 
 _PARTS = ("total", "prior", "steps", "decoder")
@@ -123,7 +125,7 @@ class LikelihoodEvaluation(L.Callback):
         mean = MeanBound(pl_module.denoiser.schedule.num_steps).to(pl_module.device)
         count = self._count(trainer)
         with evaluation_weights(trainer, pl_module), subtask(trainer, "likelihoods bounded", count) as advance:
-            for batch in self._batches(trainer, count):
+            for batch in interruptible(trainer, self._batches(trainer, count)):
                 moved = move_data_to_device(batch, pl_module.device)
                 on_device = trainer.datamodule.on_after_batch_transfer(moved, 0)  # type: ignore[attr-defined]
                 with trainer.precision_plugin.forward_context():
@@ -165,7 +167,8 @@ class LikelihoodEvaluation(L.Callback):
     def _batches(self, trainer: L.Trainer, count: int) -> Iterator[ImageTextBatch]:
         """This rank's batches of the first `count` validation images; the last may hold others as well."""
         for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
-            if not (batch["position"] < count).any():
+            # Where the step of all ranks begins: they end at the same one, with or without images of their own in it.
+            if batch["position"].min() - global_rank() >= count:
                 return
             yield batch
 

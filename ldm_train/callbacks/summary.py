@@ -9,6 +9,7 @@ from rich.table import Table
 from torch import nn
 
 from ldm_train.callbacks.progress import total_steps
+from ldm_train.callbacks.provenance import RunRecord
 
 _PLACES = {
     "reconstructions": "reconstructions/*.png",
@@ -60,6 +61,7 @@ class RunSummary(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         steps = total_steps(trainer)
         batch = data.global_batch_size * trainer.accumulate_grad_batches
+        records = [c.facts() for c in trainer.callbacks if isinstance(c, RunRecord)]  # type: ignore[attr-defined]
         processes = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
         return {
             "optimizer steps": f"{steps - trainer.global_step} of {steps}" if trainer.global_step else steps,
@@ -70,6 +72,7 @@ class RunSummary(L.Callback):
             "device": f"{processes}{pl_module.device.type}",
             "precision": trainer.precision,
             "run directory": self.run_dir,
+            **(records[0] if records else {}),
         }
 
 

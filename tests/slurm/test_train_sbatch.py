@@ -5,10 +5,12 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "train.sbatch"
@@ -63,7 +65,9 @@ def test_directives_ask_for_requeue_and_stand_where_slurm_reads_them():
     directives = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", SCRIPT.read_text(), re.MULTILINE))
     assert directives.keys() >= {"requeue", "nodes", "ntasks-per-node"}
     assert directives["open-mode"] == "append"
-    assert "signal" not in directives  # nothing handles one yet, and unhandled it would kill the ranks
+    assert directives["signal"] == "USR1@120"  # to the tasks: not B:, which is the script alone
+    grace = OmegaConf.load(ROOT / "conf" / "callbacks" / "none.yaml").preemption.grace_seconds
+    assert f"USR1@{grace}" == directives["signal"]
     lines = SCRIPT.read_text().splitlines()
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     assert all(not line.startswith("#SBATCH") for line in lines[first_command:])  # SLURM would ignore them
@@ -99,6 +103,17 @@ def test_the_users_overrides_win_and_keep_their_spaces(submit):
 @pytest.mark.parametrize("status", [0, 1, 137])
 def test_exit_status_is_that_of_srun(submit, status):
     assert submit(STATUS=str(status))[0].returncode == status
+
+
+def test_a_task_is_deaf_to_signals_until_python_listens(submit):
+    _, call = submit("experiment=demo", "name='two words'")
+    argv = call["argv"]
+    wrapper, arguments = argv[argv.index("bash") : argv.index("python")], argv[argv.index("python") :]
+    show = "import signal, sys; print(*(signal.getsignal(n).name for n in (10, 12, 15)), *sys.argv[1:])"
+    words = [sys.executable, "-c", show, *arguments[3:]]
+    shown = subprocess.run([*wrapper, *words], capture_output=True, text=True, check=True).stdout
+    assert shown.startswith("SIG_IGN SIG_IGN SIG_IGN trainer=slurm ")
+    assert shown.endswith("experiment=demo name='two words'\n")
 
 
 def test_site_settings_reach_the_step(submit):

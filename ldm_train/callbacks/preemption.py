@@ -1,0 +1,279 @@
+"""Ends a run that is told to go, so that the same command goes on with it as if nothing had happened.
+
+SLURM says that a job's time is up by a signal: the one of `--signal` before a time limit, SIGTERM or the same one when
+another job takes its place. What happens then, in this order:
+
+1. The handler remembers the signal's number. It does nothing else: communication or files inside a handler would meet
+   those that it interrupted, and ranks that wait for each other in different places wait for ever.
+2. After each batch, of training, of validation, and of images that are generated to judge the model, the ranks agree on
+   the largest number that any of them remembers. They see it one batch later, all in the same place, and leave there.
+   Where batches take milliseconds they do so after some of them, ten times a second or so.
+3. What is left undone is undone as by any error, so that the weights are the raw ones again; then one checkpoint is
+   written, of the last optimizer step. A validation that was left is repeated from its first batch by the next start.
+4. Loggers are closed, and rank 0 has the job started again: by the handler that was there before, submitit's, or by
+   `scontrol requeue`. The exit status is 128 + the signal's number, on every rank.
+
+A second signal, two seconds after the first or later, ends the process at once, with what is on the disk. Processes
+that were forked inherit the handler and ignore the signals: SLURM sends them to all processes of a step.
+
+Lightning's own handlers communicate inside the handler, and its loop asks the device about them in each step. While
+this callback is used they are not installed.
+"""
+
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+from ldm_train.callbacks.checkpoints import CheckpointWriter
+from ldm_train.callbacks.requeue import Handler, ask_for_another_start
+from ldm_train.distributed import Agreement
+
+_log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+_ONE_EVENT = 2.0  # seconds in which signals have one cause: SLURM sends some of them twice
+_WAIT_FOR_RANK_0 = 60.0
+# Ranks that look for signals in each step of a millisecond would spend 4 % of it on that; where all of them find that
+# less than this has passed since they last looked, they let more steps pass, up to so many.
+_OFTEN, _MOST_STEPS = 0.1, 16
+
+Item = TypeVar("Item")
+
+
+class Preempted(SystemExit):
+    """A signal ends the run, and its state is on the disk.
+
+    Args:
+        number: the signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+class Preemption(Checkpoint):
+    """Leaves at a signal, after the batch; see the module. `listening` installs its handlers.
+
+    It is a `Checkpoint` to Lightning, which calls these last: what is due after a step is done before it leaves.
+
+    Args:
+        grace_seconds: from the signal to SLURM's SIGKILL, what `sbatch --signal=USR1@<seconds>` asks for. A warning
+            says so if saving and the longest batch take longer.
+        requeue: whether a SLURM job asks to be started again.
+    """
+
+    def __init__(self, grace_seconds: float = 120.0, requeue: bool = True) -> None:
+        if grace_seconds <= 0:
+            raise ValueError(
+                f"grace_seconds is {grace_seconds}; allowed are seconds above 0; change "
+                "`callbacks.preemption.grace_seconds`"
+            )
+        self.grace_seconds, self.requeue = grace_seconds, requeue
+        self._owner = os.getpid()
+        self._received, self._received_at = 0, 0.0
+        self._agreement: Agreement | None = None
+        self._every, self._to_go = 1, 1  # steps between two looks, and to the next one
+        self._looked_at, self._longest_wait, self._saved = 0.0, 0.0, 0.0
+        self._is_warned = self._has_begun = False
+        self._previous: dict[int, Handler] = {}
+
+    def remember(self, number: int, frame: FrameType | None = None) -> None:
+        """The handler of all three signals."""
+        if os.getpid() != self._owner:
+            return
+        now = time.monotonic()
+        if not self._received:
+            self._received, self._received_at = number, now
+        elif now - self._received_at > _ONE_EVENT:
+            os.write(2, b"ldm_train: a second signal: leaving with what is on the disk\n")
+            os._exit(128 + number)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Makes the group in which ranks agree, and keeps Lightning's handlers and their broadcasts out."""
+        self._agreement = Agreement()
+        trainer._signal_connector = _NoHandlers(trainer)
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A signal may have come while the run was starting."""
+        assert self._agreement is not None
+        self._leave(self._agreement.now(2 * self._received) // 2)
+        self._agreement.exchange(1)  # begin with a look in each step
+        self._look_often()
+
+    def on_train_batch_start(self, *_: Any) -> None:  # noqa: ANN401
+        """From now on there is a batch to be left."""
+        self._has_begun = True
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
+        """Leaves if the batch ended an optimizer step: gradients that were only accumulated would be lost."""
+        self.leave_if_told(trainer)
+
+    def on_validation_start(self, *_: Any) -> None:  # noqa: ANN401
+        """Its batches may take longer than those of the training."""
+        self._look_often()
+
+    def on_validation_end(self, *_: Any) -> None:  # noqa: ANN401
+        """And those of the training longer than its."""
+        self._look_often()
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
+        """Leaves the validation; its averaged weights and its figures are dropped."""
+        self.leave_if_told(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Saves, when contexts have been left and the raw weights are back."""
+        if not isinstance(exception, Preempted):
+            return
+        if self._has_begun:
+            _log_left_batch(trainer)
+        for writer in _writers(trainer):
+            writer.save_interrupted(trainer)
+        if trainer.is_global_zero:
+            name, seconds = signal.Signals(exception.number).name, time.monotonic() - self._received_at
+            after = f", {seconds:.1f} s after the signal" if self._received else ""
+            _log.info("%s: leaving at step %d%s", name, trainer.global_step, after)
+
+    def leave_if_told(self, trainer: L.Trainer) -> None:
+        """Every rank calls it at the same place, and all leave there or none does.
+
+        Raises:
+            Preempted: if any rank has received a signal.
+        """
+        assert self._agreement is not None
+        if trainer.state.fn == "fit" and trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        if self._agreement.is_alone:
+            self._measure(trainer)
+            self._leave(self._received)
+            return
+        self._to_go -= 1
+        if self._to_go > 0:
+            return
+        # The number twice, plus one if this rank has waited long: of the ranks' values the largest tells both.
+        agreed = self._agreement.exchange(2 * self._received + (self._measure(trainer) > _OFTEN))
+        self._leave(agreed // 2)
+        self._every = 1 if agreed else min(2 * self._every, _MOST_STEPS)
+        self._to_go = self._every
+
+    def hand_over(self, trainer: L.Trainer, number: int) -> None:
+        """Rank 0 has the job started again; the others stay until it has, because SLURM ends a job with its first."""
+        self._received_at = math.inf  # SLURM ends the old start of a requeued job by a signal: that is no second one
+        if trainer.is_global_zero and self.requeue:
+            # Submitit requeues at its user signal; what it has for SIGTERM only says that it came.
+            launchers = [(key, handler) for key in SIGNALS[:2] if callable(handler := self._previous.get(key))]
+            ask_for_another_start(*(launchers[0] if launchers else (number, None)))
+        if self._agreement is not None:
+            try:
+                self._agreement.wait(_WAIT_FOR_RANK_0)
+            except RuntimeError as error:
+                _log.warning("leaving without waiting for the other ranks: %s", error)
+
+    def install(self) -> None:
+        """Listens from now on, in the main thread of this process."""
+        if threading.current_thread() is threading.main_thread():
+            self._owner, self._received = os.getpid(), 0
+            self._previous = {number: signal.signal(number, self.remember) for number in SIGNALS}
+
+    def uninstall(self) -> None:
+        """Gives the signals back to whom they belonged."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _look_often(self) -> None:
+        self._every = self._to_go = 1
+
+    def _leave(self, number: int) -> None:
+        if number:
+            raise Preempted(number)
+
+    def _measure(self, trainer: L.Trainer) -> float:
+        """Seconds since the last look; compares what leaving takes with the time there is, once a save was made."""
+        writers = _writers(trainer)
+        now, saved = time.monotonic(), sum(writer.seconds for writer in writers)
+        waited = now - self._looked_at - (saved - self._saved) if self._looked_at else 0.0
+        self._longest_wait = max(self._longest_wait, waited)
+        self._looked_at, self._saved = now, saved
+        longest_save = max((writer.longest_save for writer in writers), default=0.0)
+        # Two waits: the one during which the signal comes, and the one after which all ranks know of it.
+        needed = longest_save + 2 * self._longest_wait
+        if longest_save and needed > self.grace_seconds and not self._is_warned and trainer.is_global_zero:
+            self._is_warned = True
+            _log.warning(
+                "a preempted run may lose steps: found %.0f s for a save and %.0f s between two looks for signals; "
+                "allowed is %.0f s for one save and two such waits; ask SLURM for more (`sbatch --signal=USR1@%d`) and "
+                "change `callbacks.preemption.grace_seconds`",
+                *(longest_save, self._longest_wait, self.grace_seconds, int(2 * needed) + 1),
+            )
+        return waited
+
+
+class _NoHandlers(_SignalConnector):
+    """In the place of Lightning's: installs nothing."""
+
+    def register_signal_handlers(self) -> None:
+        """The handlers of `Preemption` stay."""
+
+
+def _log_left_batch(trainer: L.Trainer) -> None:
+    """Log the figures of a batch that is trained, but whose last hooks were left: no start will train it again."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.total
+    if trainer.training and batches.processed > batches.completed:  # type: ignore[attr-defined]
+        trainer._logger_connector.on_batch_end()
+        trainer._logger_connector.update_train_step_metrics()
+        for logger in trainer.loggers:
+            logger.save()
+
+
+def interruptible(trainer: L.Trainer, items: Iterable[Item]) -> Iterator[Item]:
+    """The items, as long as no signal comes; every rank must take equally many.
+
+    Raises:
+        Preempted: between two items.
+    """
+    preemption = _of(trainer)
+    if preemption is not None:
+        preemption._look_often()
+    for item in items:
+        if preemption is not None:
+            preemption.leave_if_told(trainer)
+        yield item
+
+
+@contextmanager
+def listening(trainer: L.Trainer) -> Iterator[None]:
+    """The context in which signals end the trainer's run; around everything that has to be closed before it is over."""
+    preemption = _of(trainer)
+    if preemption is None:
+        yield
+        return
+    preemption.install()
+    try:
+        yield
+    except Preempted as stop:
+        preemption.hand_over(trainer, stop.number)
+        raise
+    finally:
+        preemption.uninstall()
+
+
+def _writers(trainer: L.Trainer) -> list[CheckpointWriter]:
+    return [c for c in trainer.callbacks if isinstance(c, CheckpointWriter)]  # type: ignore[attr-defined]
+
+
+def _of(trainer: L.Trainer) -> Preemption | None:
+    found = [c for c in trainer.callbacks if isinstance(c, Preemption)]  # type: ignore[attr-defined]
+    return found[0] if found else None

@@ -1,0 +1,86 @@
+"""Asks SLURM to start this job once more.
+
+SLURM requeues a job only when asked: one that ends by itself within its grace time counts as completed, whatever it was
+told before. A job that somebody cancels gets the same SIGTERM as one that is preempted, so its state is read first.
+"""
+
+import logging
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
+
+_ANOTHER_START = ("RUNNING", "PREEMPTED", "TIMEOUT", "SUSPENDED", "STOPPED")
+_SECONDS = 30.0
+
+
+def job_id() -> str | None:
+    """The name SLURM knows this batch job by, `array_task` in an array; None outside of SLURM."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def ask_for_another_start(number: int, previous: Handler) -> bool:
+    """Let the one who launched this process start it again.
+
+    Args:
+        number: the signal that ends it.
+        previous: the handler that the launcher had installed (submitit's requeues by itself, and exits); without one,
+            `scontrol requeue` is called.
+
+    Returns:
+        Whether the job will start again, as far as is known.
+    """
+    job = job_id()
+    if job is None:
+        return False
+    for each in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(each, signal.SIG_IGN)  # inherited by scontrol: SLURM signals every process of a step
+    if (state := _state(job)) not in _ANOTHER_START:
+        _log.info("Job %s is %s: it is not started again", job, state)
+        return False
+    if callable(previous):
+        try:
+            previous(number, None)
+        except SystemExit:
+            _log.info("Job %s was handed back to the one that launched it", job)
+        return True
+    return _requeued(job)
+
+
+def _requeued(job: str) -> bool:
+    answer = _scontrol("requeue", job)
+    if answer is not None and answer.returncode == 0:
+        _log.info("Job %s is in the queue again", job)
+        return True
+    reason = "no answer" if answer is None else answer.stderr.strip()
+    _log.warning(
+        "found that job %s cannot be requeued (%s); allowed are batch jobs of a cluster with JobRequeue; submit it "
+        "again, or switch this off: `callbacks.preemption.requeue=false`",
+        *(job, reason),
+    )
+    return False
+
+
+def _state(job: str) -> str:
+    """The job's state, RUNNING if SLURM does not say."""
+    answer = _scontrol("show", "--oneliner", "job", job)
+    found = re.search(r"\bJobState=(\w+)", "" if answer is None else answer.stdout)
+    return found.group(1) if found else "RUNNING"
+
+
+def _scontrol(*arguments: str) -> "subprocess.CompletedProcess[str] | None":
+    try:
+        return subprocess.run(
+            ["scontrol", *arguments], capture_output=True, text=True, timeout=_SECONDS, check=False, close_fds=True
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        _log.warning("scontrol %s: %s", arguments[0], error)
+        return None

@@ -1,0 +1,84 @@
+"""One writer for a directory: a lock on a file in it, with the name of the one who holds it.
+
+The lock is the kernel's (POSIX record locks): it ends with the process that took it, however that ends, is not
+inherited by the processes that it forks, and holds between machines where their shared file system knows locks. Where
+it does not, nothing is locked and a warning says so.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_HELD = (errno.EACCES, errno.EAGAIN)
+
+
+class LockHeldError(ValueError):
+    """Another process holds the lock; the message says which one."""
+
+
+@contextmanager
+def sole_writer(path: Path, key: str, patience: float = 10.0) -> Iterator[None]:
+    """Hold the lock of a file for the context.
+
+    Args:
+        path: the file, made if it is not there; it stays, and holds the host, process and job of the last holder.
+        key: the config key that leads to another file, for errors.
+        patience: seconds to wait for a holder that is about to end.
+
+    Raises:
+        LockHeldError: if another process holds it for longer.
+        OSError: if the file cannot be written.
+    """
+    with path.open("a+", encoding="utf-8") as file:
+        _take(file.fileno(), path, key, time.monotonic() + patience)
+        file.truncate(0)
+        file.write(json.dumps(_self()) + "\n")
+        file.flush()
+        yield
+
+
+def _take(descriptor: int, path: Path, key: str, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                _log.warning("%s cannot be locked here (%s): start no second run of the same `%s`", path, error, key)
+                return
+            if error.errno not in _HELD:
+                raise
+        holder = _holder(path)
+        if time.monotonic() > deadline:
+            if holder.get("job") is not None and holder["job"] == _self()["job"]:
+                # The same job can be here twice only because it was requeued and its first node does not answer.
+                _log.warning("%s is still locked by this job's earlier start on %s", path, holder.get("host"))
+                return
+            job = f", job {holder['job']}" if holder.get("job") else ""
+            raise LockHeldError(
+                f"{path.parent} is being written by process {holder.get('process')} on {holder.get('host')}{job}; "
+                f"allowed is one run at a time in a directory; wait for it, end it, or change `{key}`"
+            )
+        time.sleep(0.2)
+
+
+def _self() -> dict[str, str | int | None]:
+    return {"host": socket.gethostname(), "process": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+
+
+def _holder(path: Path) -> dict[str, str | int | None]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,200 @@
+"""Checkpoints: whole at any moment, kept as asked, and clear when one cannot be written."""
+
+import errno
+import itertools
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from ldm_train.callbacks import CheckpointError, CheckpointWriter, RunRecord
+from ldm_train.checkpoint import read_checkpoint, verify_checkpoint
+from ldm_train.config import ConfigError
+from ldm_train.train import resume_path
+from tests.callbacks.toy import ToyData, ToyStage, trainer_of
+
+
+def fit(directory, writer=None, *callbacks, **options):
+    writer = writer or CheckpointWriter(str(directory), every_n_steps=2)
+    defaults = {"limit_val_batches": 0, "enable_checkpointing": True}
+    trainer = trainer_of(directory, [*callbacks, writer], **defaults | options)
+    trainer.fit(ToyStage(), ToyData())
+    return writer
+
+
+def steps(directory):
+    return {path.name: read_checkpoint(path)["global_step"] for path in sorted(directory.glob("*.ckpt"))}
+
+
+def test_the_last_two_are_there_and_the_step_before_the_last_is_saved(tmp_path):
+    """So that what is killed in its closing work has one step to repeat."""
+    fit(tmp_path, CheckpointWriter(str(tmp_path), every_n_steps=100))
+    assert steps(tmp_path) == {"last.ckpt": 6, "previous.ckpt": 5}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_every_so_many_steps_are_kept_in_the_place_of_the_last(tmp_path):
+    fit(tmp_path, CheckpointWriter(str(tmp_path), every_n_steps=None, keep_every_n_steps=2))
+    expected = {"last.ckpt": 6, "previous.ckpt": 5, "step_0000002.ckpt": 2, "step_0000004.ckpt": 4}
+    assert steps(tmp_path) == expected | {"step_0000006.ckpt": 6}
+    assert os.path.samefile(tmp_path / "last.ckpt", tmp_path / "step_0000006.ckpt")
+
+
+@pytest.mark.parametrize(("images", "kept"), [(8, [2, 4, 6]), (10, [3, 5]), (3, [1, 2, 3, 4, 5, 6])])
+def test_images_are_a_clock_too(tmp_path, images, kept):
+    """Batches of 4: the first step at or behind each multiple."""
+    fit(tmp_path, CheckpointWriter(str(tmp_path), every_n_steps=None, keep_every_images=images))
+    assert [step for name, step in steps(tmp_path).items() if name.startswith("step")] == kept
+
+
+def test_minutes_are_a_clock_too(tmp_path, monkeypatch):
+    clock = itertools.count(0, 25)  # 25 s between two looks
+    monkeypatch.setattr("ldm_train.callbacks.checkpoints.time.monotonic", lambda: float(next(clock)))
+    saved = []
+    monkeypatch.setattr(CheckpointWriter, "_write", lambda self, checkpoint, step: saved.append(step))
+    fit(tmp_path, CheckpointWriter(str(tmp_path), every_n_steps=None, every_minutes=1.0), max_steps=12)
+    assert saved[-2:] == [11, 12]
+    assert len(saved[:-2]) >= 2
+    assert all(b - a >= 2 for a, b in itertools.pairwise(saved[:-2]))
+
+
+class Figures(L.Callback):
+    """Validation figures as they are given."""
+
+    def __init__(self, figures):
+        self.figures = iter(figures)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/figure", torch.tensor(next(self.figures)))
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 4)])
+def test_the_step_with_the_best_figure_stays_and_one_that_is_no_number_never_is(tmp_path, mode, best):
+    writer = CheckpointWriter(str(tmp_path), every_n_steps=100, best_metric="val/figure", best_mode=mode)
+    figures = Figures([float("nan"), 1.0, 2.0, 3.0, 2.0, 1.5])
+    fit(tmp_path, writer, figures, limit_val_batches=1, val_check_interval=1)
+    assert steps(tmp_path)["best.ckpt"] == best
+    again = CheckpointWriter(str(tmp_path))
+    again.on_load_checkpoint(None, None, read_checkpoint(tmp_path / "last.ckpt"))
+    assert not again._is_better({"min": 1.0, "max": 3.0}[mode])
+
+
+def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
+    def link(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", link)
+    fit(tmp_path)
+    assert steps(tmp_path) == {"last.ckpt": 6, "previous.ckpt": 5}
+
+
+def test_any_cut_and_any_changed_byte_is_noticed_and_the_one_before_taken(tmp_path, caplog):
+    fit(tmp_path / "checkpoints")
+    last, previous = (tmp_path / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
+    whole, draw = last.read_bytes(), random.Random(0)
+    offset = whole.index(read_checkpoint(last)["state_dict"]["colours.weight"].numpy().tobytes())
+    damaged = [whole[: draw.randrange(len(whole))] for _ in range(40)]
+    damaged += [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in (offset, offset + 100)]
+    for content in damaged:
+        last.write_bytes(content)
+        assert resume_path("auto", tmp_path) == previous
+    assert "trying the one before" in caplog.text
+    previous.write_bytes(whole[:100])
+    with pytest.raises(ConfigError, match=r"found no whole checkpoint .*; allowed are .*; change `resume`"):
+        resume_path("auto", tmp_path)
+
+
+def test_a_damaged_last_never_takes_the_place_of_the_one_before(tmp_path):
+    fit(tmp_path)
+    (tmp_path / "last.ckpt").write_bytes(b"cut")
+    fit(tmp_path, max_steps=3)
+    assert steps(tmp_path) == {"last.ckpt": 3, "previous.ckpt": 2}
+    (tmp_path / "last.ckpt").write_bytes(b"cut")
+    writer = CheckpointWriter(str(tmp_path))
+    assert writer._write({"state_dict": {}, "global_step": 7}, 7) is None
+    assert steps(tmp_path) == {"last.ckpt": 7, "previous.ckpt": 2}
+
+
+def assert_refused_and_untouched(directory, write):
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    with pytest.raises(CheckpointError) as error:
+        write()
+    assert "could not be saved" in str(error.value)
+    assert "Allowed is a directory that can be written" in str(error.value)
+    assert "change `paths.root`" in str(error.value)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_what_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    fit(tmp_path)
+
+    def save(checkpoint, file):
+        file.write(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    assert_refused_and_untouched(tmp_path, lambda: fit(tmp_path))
+
+
+def test_what_cannot_be_read_back_does_not_become_the_last(tmp_path, monkeypatch):
+    fit(tmp_path)
+    original = torch.save
+
+    def save(checkpoint, file):
+        original(checkpoint, file)
+        file.seek(-50, 2)
+        file.truncate()
+
+    monkeypatch.setattr(torch, "save", save)
+    assert_refused_and_untouched(tmp_path, lambda: fit(tmp_path))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
+@pytest.mark.parametrize("state", ["full", "read-only"])
+def test_a_full_and_a_read_only_disk(tmp_path, state):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"mount: {mount.stderr}")
+    try:
+        fit(disk)
+        if state == "read-only":
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        else:
+            (disk / "other").write_bytes(b"0" * max(0, free(disk) - 4096))
+        assert_refused_and_untouched(disk, lambda: fit(disk))
+        verify_checkpoint(disk / "last.ckpt")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def free(directory: Path) -> int:
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize
+
+
+def test_a_checkpoint_says_where_it_comes_from_in_plain_values(tmp_path):
+    fit(tmp_path, None, RunRecord({"seed": 0}))
+    found = read_checkpoint(tmp_path / "last.ckpt")
+    assert found["config"] == {"seed": 0}
+    provenance = found["provenance"]
+    assert provenance["restarts"] == 0
+    assert provenance["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert provenance["data_fingerprint"] == "toy"
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    if commit.returncode == 0:
+        assert provenance["git"]["commit"] == commit.stdout.strip()
+    again = RunRecord({})
+    again.on_load_checkpoint(None, None, found)
+    assert again.restarts == 1
+
+
+@pytest.mark.parametrize("key", ["every_n_steps", "every_minutes", "keep_every_n_steps", "keep_every_images"])
+def test_an_interval_that_is_none_is_refused(key):
+    with pytest.raises(ValueError, match=rf"change `callbacks.checkpoint.{key}`"):
+        CheckpointWriter("x", **{key: 0})

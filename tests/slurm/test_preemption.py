@@ -1,0 +1,165 @@
+"""Jobs of two nodes that lose their place: each ends with the bits of a job that kept it.
+
+Set `LDM_PREEMPTIONS=20` for more of them than the few of the default. Ranks are skewed and have loading processes; a
+signal comes in training, in a validation, or while images are generated to judge the model, by `scancel` or because an
+urgent job takes the nodes.
+"""
+
+import itertools
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ldm_train.train import train
+from tests.conftest import composed
+from tests.test_end_to_end import equal, last, metrics
+from tests.test_interruptions import PARTS
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed]
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+RUN = [
+    "experiment=demo", "debug=tiny", "logger=csv", "stage.autoencoder.checkpoint=untrained", "sampler.num_steps=2",
+    f"trainer.max_steps={STEPS}", f"lr_scheduler.total_steps={STEPS}", "trainer.val_check_interval=5",
+    "trainer.limit_val_batches=1.0", "data.limit=50", "data.val_fraction=0.3", "unet.channels=32",
+    "conditioner.context_dim=64", "autoencoder.channels=16", "callbacks.checkpoint.every_n_steps=100",
+    "callbacks.samples.num_images=40", "callbacks.samples.num_pairs=4", "callbacks.samples.num_real=8",
+    "callbacks.samples.batch_size=2", "callbacks.samples.every_n_steps=8", "callbacks.progress.every_n_steps=1",
+]  # fmt: skip
+TWO_NODES = ["data.batch_size=2", "data.val_batch_size=1", "data.num_workers=1", "trainer.accelerator=cpu",
+             "+callbacks.pace._target_=tests.slurm.pace.Pace", "+callbacks.pace.seconds=0.15"]  # fmt: skip
+PLACES = {"training": f"step 2/{STEPS}", "validation": "rank 0 validates step 5", "generation": f"step 8/{STEPS}"}
+HOWS = ("USR1", "urgent", "TERM")
+
+
+class Jobs:
+    """Submits `slurm/train.sbatch` and takes its place away."""
+
+    def __init__(self, cluster, folder):
+        self.cluster, self.folder = cluster, folder
+
+    def submit(self, run_id, *overrides, time="60", signal="USR1@120", shared=False, output=None):
+        path = f"{Path(sys.executable).parent}:{self.cluster.environment['PATH']}"
+        variables = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+        options = ["--nodes=2", "--ntasks-per-node=1", f"--output={self.output(output or run_id)}"]
+        options += [] if shared else ["--exclusive"]
+        options += [f"--time={time}", f"--signal={signal}"]
+        overrides = [*RUN, *TWO_NODES, f"run_id={run_id}", f"paths.root={self.folder}", *overrides]
+        return self.cluster.submit(
+            f"--chdir={ROOT}", *options, ROOT / "slurm" / "train.sbatch", *overrides, **variables
+        )
+
+    def output(self, run_id):
+        return self.folder / f"{run_id}.txt"
+
+    def preempt(self, job, how):
+        """By a signal, or by a job that needs both nodes."""
+        if how != "urgent":
+            self.cluster.run("scancel", f"--signal={how}", job)
+            return
+        urgent = self.cluster.submit(
+            "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
+        )
+        assert self.cluster.wait(urgent, 120)["JobState"] == "COMPLETED"
+
+    def wait_for_restart(self, job, restarts):
+        deadline = time.monotonic() + 120
+        while int(self.cluster.facts(job)["Restarts"]) < restarts:
+            assert time.monotonic() < deadline, self.cluster.facts(job)
+            time.sleep(0.2)
+
+    def finish(self, job, run_id):
+        facts = self.cluster.wait(job, 300)
+        assert facts["JobState"] == "COMPLETED", self.output(run_id).read_text()[-4000:]
+        return facts
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster, tmp_path_factory):
+    return Jobs(cluster, tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(jobs):
+    """The folder of runs, which holds one that kept its place."""
+    jobs.finish(jobs.submit("unbroken"), "unbroken")
+    return jobs.folder / "debug" if (jobs.folder / "debug").exists() else jobs.folder
+
+
+def test_two_nodes_have_the_losses_of_one_process_with_the_same_global_batch(unbroken, tmp_path):
+    train(composed(*RUN, "data.batch_size=4", "data.val_batch_size=2", "run_id=one", root=tmp_path))
+    one, two = metrics(tmp_path / "demo/one")["train/loss"], metrics(unbroken / "demo/unbroken")["train/loss"]
+    assert one.keys() == two.keys()
+    assert len(one) == STEPS
+    assert all(one[step] == pytest.approx(two[step], rel=1e-4) for step in one)
+
+
+def test_whatever_takes_its_place_a_job_ends_with_the_bits_of_one_that_kept_it(jobs, unbroken):
+    count = int(os.environ.get("LDM_PREEMPTIONS", "2"))
+    # Neighbours differ in both, and all nine pairs come up in turn.
+    ways = [(place, HOWS[(i + j) % 3]) for j in range(3) for i, place in enumerate(PLACES)]
+    for number, batch in enumerate(_in_threes(itertools.islice(itertools.cycle(ways), count))):
+        _one_run(jobs, unbroken, f"broken{number}", batch)
+
+
+def _in_threes(ways):
+    return iter(lambda: list(itertools.islice(ways, 3)), [])
+
+
+def _one_run(jobs, unbroken, run_id, ways):
+    job = jobs.submit(run_id)
+    for restarts, (place, how) in enumerate(ways, start=1):
+        jobs.cluster.wait_for_text(job, jobs.output(run_id), PLACES[place])
+        began = time.monotonic()
+        jobs.preempt(job, how)
+        jobs.wait_for_restart(job, restarts)
+        print(f"{run_id}: {how} in {place}, requeued after {time.monotonic() - began:.1f} s", flush=True)
+    facts = jobs.finish(job, run_id)
+    assert int(facts["Restarts"]) == len(ways)
+    _assert_same_end(unbroken, run_id)
+    assert last(unbroken, run_id=run_id)["provenance"]["restarts"] == len(ways)
+
+
+def _assert_same_end(unbroken, run_id):
+    expected, found = last(unbroken, run_id="unbroken"), last(unbroken, run_id=run_id)
+    for part in PARTS:
+        assert equal(found[part], expected[part]), (run_id, part)
+    of_unbroken, of_broken = (metrics(unbroken / "demo" / name) for name in ("unbroken", run_id))
+    for key in ("train/loss", "val/loss", "val/fid_randomconv"):
+        assert of_broken[key] == of_unbroken[key], (run_id, key)
+
+
+def test_a_job_that_is_cancelled_saves_and_does_not_come_back(jobs):
+    job = jobs.submit("cancelled")
+    jobs.cluster.wait_for_text(job, jobs.output("cancelled"), PLACES["training"])
+    jobs.cluster.run("scancel", job)
+    facts = jobs.cluster.wait(job, 60)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
+    assert last(jobs.folder, run_id="cancelled")["global_step"] >= 2
+
+
+def test_of_two_jobs_with_one_run_id_the_second_is_refused(jobs):
+    """Both fit on the nodes: each takes a part of their CPUs."""
+    first = jobs.submit("twice", "callbacks.pace.seconds=1", shared=True)
+    jobs.cluster.wait_for_text(first, jobs.output("twice"), f"step 1/{STEPS}")
+    second = jobs.submit("twice", shared=True, output="second")
+    assert jobs.cluster.wait(second, 120)["JobState"] == "FAILED"
+    said = jobs.output("second").read_text()
+    assert f"job {first}; allowed is one run at a time in a directory" in said
+    assert "change `run_id`" in said
+    jobs.cluster.run("scancel", first)
+    jobs.cluster.wait(first, 60)
+
+
+@pytest.mark.skipif(int(os.environ.get("LDM_PREEMPTIONS", "0")) < 20, reason="takes eight minutes: LDM_PREEMPTIONS=20")
+def test_a_job_whose_time_is_up_goes_on_in_another_one(jobs, unbroken):
+    """SLURM may be a minute early, so nothing shorter than two minutes lets a training begin."""
+    job = jobs.submit("timed", "callbacks.pace.seconds=3", time="2", signal="USR1@30")
+    facts = jobs.cluster.wait(job, 600)
+    assert facts["JobState"] == "COMPLETED", jobs.output("timed").read_text()[-4000:]
+    assert int(facts["Restarts"]) >= 1
+    _assert_same_end(unbroken, "timed")
