@@ -63,9 +63,24 @@ def load_foreign_base(path: Path, denoiser: Denoiser, autoencoder: FirstStage, c
         else:
             return False
         _check_conditioner(conditioner)
+        check_finite(denoiser.network)
     except ValueError as error:
         raise ValueError(f"{path} is not the base model of this config: {error}; see `{KEY}`") from error
     return True
+
+
+def check_finite(network: torch.nn.Module) -> None:
+    """Refuse a base model whose every prediction would be no number.
+
+    Raises:
+        ValueError: if a weight is not finite.
+    """
+    broken = [name for name, value in network.state_dict().items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} tensors of the base model's U-Net hold values that are not finite, the first is "
+            f"{broken[0]}; allowed are finite numbers; change `{KEY}`"
+        )
 
 
 def _load(

@@ -27,7 +27,7 @@ from ldm_train.nn import (
     inject_adapters,
     lora_disabled,
 )
-from ldm_train.stages.base_model import load_foreign_base
+from ldm_train.stages.base_model import check_finite, load_foreign_base
 from ldm_train.stages.latent_diffusion import LatentDiffusion
 from ldm_train.stages.moments import Moments
 from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory
@@ -168,6 +168,7 @@ class LoRAFineTuning(LatentDiffusion):
         base["state_dict"] = drop_prefixes(base["state_dict"], OF_TRAINING) | self._of_training()
         super().on_load_checkpoint(base)
         load_averaged(self, base)
+        check_finite(self.denoiser.network)
 
     def _inject(self) -> list[str]:
         networks = adaptable_networks(self)

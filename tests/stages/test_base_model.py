@@ -82,6 +82,14 @@ def test_another_model_than_the_config_s_is_refused(place, config, message, tmp_
         load_foreign_base(path, *parts(**config))
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = random_model(averaged=False)
+    model.unet.state["conv_in.bias"][0] = float("nan")
+    write_model(tmp_path / "sd.safetensors", COMPVIS, model)
+    with pytest.raises(ValueError, match=r"1 tensors .* not finite, the first is conv_in.bias; .* `stage.base_check"):
+        load_foreign_base(tmp_path / "sd.safetensors", *parts())
+
+
 def test_latents_of_unknown_scale_are_refused(tmp_path):
     model = random_model()
     write_model(tmp_path / "sd.ckpt", COMPVIS, model)

@@ -127,6 +127,14 @@ def test_a_checkpoint_of_another_stage_is_no_base(base, checkpoint, tmp_path):
             lora(tmp_path / "other.ckpt")
 
 
+def test_a_base_of_weights_that_are_not_finite_is_refused(checkpoint):
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["denoiser.network.conv_in.bias"][0] = float("nan")
+    torch.save(content, checkpoint)
+    with pytest.raises(ValueError, match=r"the first is conv_in.bias; allowed are finite numbers; .*base_checkpoint"):
+        lora(checkpoint)
+
+
 def test_a_missing_base_names_the_key():
     with pytest.raises(FileNotFoundError, match=r"change `stage.base_checkpoint`"):
         lora("nowhere.ckpt")
