@@ -152,7 +152,9 @@ class PeftSettings(NamedTuple):
         by_prefix: dict[str, dict[str, Any]] = {"": {}} if is_folder else {}
         for key, value in config.items():
             prefix = next((prefix for prefix in (UNET, TEXT_ENCODER) if key.startswith(prefix)), "")
-            by_prefix.setdefault(prefix, {})[key.removeprefix(prefix)] = value
+            # Peft's own keys have no dots: what is left is of a part that is none of ours, such as `text_encoder_2.`.
+            if "." not in (name := key.removeprefix(prefix)):
+                by_prefix.setdefault(prefix, {})[name] = value
         return cls(by_prefix)
 
     def scale(self, module: str, rank: int) -> float:

@@ -100,6 +100,15 @@ def test_settings_without_an_alpha_have_that_of_peft_and_no_settings_a_scale_of_
     assert {adapter.alpha for adapter in found.adapters.values()} == {scale}
 
 
+@pytest.mark.parametrize(
+    ("settings", "scale"), [({"unet.r": 4}, 2.0), ({"r": 4}, 2.0), ({"text_encoder_2.r": 4}, 1.0), ({}, 1.0)]
+)
+def test_a_header_without_an_alpha_likewise_where_it_speaks_of_the_part(settings, scale, tmp_path):
+    header = {"lora_adapter_metadata": json.dumps(settings)}
+    path = written(tmp_path / "a.safetensors", "diffusers", header=header)
+    assert {adapter.alpha for adapter in read_adapters(path, SMALL_BASE).adapters.values()} == {scale}
+
+
 @pytest.mark.parametrize("layout", ["ours", "kohya"])
 def test_notes_of_the_tensors_do_not_outlive_them(layout, tmp_path):
     stale = {"ss_network_dim": "64", "ss_network_alpha": "32", "modelspec.hash_sha256": "0x12", "sshs_model_hash": "a"}
