@@ -33,7 +33,9 @@ _OF_THE_TENSORS = (
     "modelspec.hash_sha256",
 )
 # No U-Net has so many blocks, nor a text tower so many layers, and a record of more would take hours to look at.
-_LARGEST = 1000
+_LARGEST = 500
+# Nor has one so many channels; tensors of more cannot be counted.
+_WIDEST = 1 << 20
 _UNET = {"_target_": "ldm_train.nn.UNet", "in_channels": 4, "out_channels": 4}
 PUBLISHED: dict[str, AdapterBase] = {
     "sd1": AdapterBase(_UNET | {"context_dim": 768, "num_heads": 8}, TextShape(12, 768)),
@@ -141,8 +143,7 @@ def read_header(header: Mapping[str, str]) -> Header:
         text, digest, words = (record.get(key) for key in ("text_encoder", "base_digest", "trigger_words"))
         base = AdapterBase(record["unet"], None if text is None else TextShape(**text))
         _check_size(base)
-        check = isinstance(digest, str | None) and all(isinstance(word, str) for word in words or ())
-        if not check or any(type(number) is not int for number in base.text_encoder or ()):
+        if not isinstance(digest, str | None) or not all(isinstance(word, str) for word in words or ()):
             raise TypeError("a value is of another type")
     except (KeyError, TypeError) as error:
         raise ValueError(
@@ -155,9 +156,14 @@ def _check_size(base: AdapterBase) -> None:
     """Refuse a record that describes no model, before one is built from it."""
     shape = UNetArchitecture.of(base.unet)
     counts = (shape.in_channels, shape.out_channels, shape.concat_channels, shape.channels, shape.num_res_blocks)
-    widths = (shape.context_dim or 1, shape.vector_dim or 1, shape.norm_groups)
-    if any(type(number) is not int for number in (*counts, *widths, *shape.depths)):
-        raise TypeError("a size of the U-Net is no whole number")
+    widths = (shape.context_dim or 0, shape.vector_dim or 0, shape.norm_groups, *shape.channel_multipliers)
+    text = base.text_encoder or ()
+    if any(
+        type(number) is not int or not 0 <= number <= _WIDEST for number in (*counts, *widths, *shape.depths, *text)
+    ):
+        raise TypeError(f"a size of a network is no whole number from 0 to {_WIDEST}")
+    if not isinstance(base.unet.get("dropout", 0.0), int | float):
+        raise TypeError("a share is no number")
     blocks = shape.num_res_blocks * sum(1 + depth for depth in shape.depths)
     layers = 0 if base.text_encoder is None else base.text_encoder.num_layers
     for found, what in ((blocks, "blocks of its U-Net"), (layers, "layers of its text encoder")):

@@ -77,9 +77,12 @@ def test_a_magnitude_beside_a_b_without_a_shape_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"channels": "a"}, r"is damaged \(a size of the U-Net is no whole number\); allowed"),
-        ({"num_res_blocks": 3000}, r"says \d+ blocks of its U-Net; allowed are up to 1000"),
-        ({"transformer_depth": 10**9}, r"says \d+ blocks of its U-Net; allowed are up to 1000"),
+        ({"channels": "a"}, r"is damaged \(a size of a network is no whole number from 0 to \d+\); allowed"),
+        ({"channels": 10**12}, r"is damaged \(a size of a network is no whole number from 0 to \d+\); allowed"),
+        ({"context_dim": -1}, r"is damaged \(a size of a network is no whole number from 0 to \d+\); allowed"),
+        ({"dropout": "a"}, r"is damaged \(a share is no number\); allowed"),
+        ({"num_res_blocks": 3000}, r"says \d+ blocks of its U-Net; allowed are up to 500"),
+        ({"transformer_depth": 10**4}, r"says \d+ blocks of its U-Net; allowed are up to 500"),
     ],
 )
 def test_a_record_of_no_model_is_refused_before_one_is_built(changes, message, tmp_path):
