@@ -195,9 +195,7 @@ def convert(arguments: argparse.Namespace, console: Console) -> None:
     write(arguments.target, target_format, node, autoencoder)
     parameters = sum(parameter.numel() for parameter in autoencoder.parameters())
     console.print(f"{arguments.target}: {parameters:,} parameters as {target_format}", highlight=False, soft_wrap=True)
-    if ignored:
-        shown = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(ignored.items()))
-        console.print(f"left out, being no part of an autoencoder: {shown}", highlight=False, soft_wrap=True)
+    tell_left_out(console, ignored, "being no part of an autoencoder")
     if not autoencoder.is_calibrated:
         warn(
             console,
@@ -255,6 +253,13 @@ def source_of(arguments: argparse.Namespace, path: Path) -> Source:
         arguments.scale_factor,
         arguments.raw,
     )
+
+
+def tell_left_out(console: Console, ignored: Mapping[str, int], reason: str) -> None:
+    """Say what a source held and the target does not, by the first part of the names, if there is anything."""
+    if ignored:
+        shown = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(ignored.items()))
+        console.print(f"left out, {reason}: {shown}", highlight=False, soft_wrap=True)
 
 
 def warn(console: Console, text: str) -> None:

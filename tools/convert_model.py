@@ -320,9 +320,7 @@ def _tell(model: DiffusionModel, target: Path, target_format: str, console: Cons
     parts = [f"a U-Net of {sum(map(Tensor.numel, model.unet.state.values())):,} parameters", "an autoencoder"]
     parts += ["a text encoder"] if model.text_encoder is not None else []
     say(f"{target}: {', '.join(parts)}, as {target_format}; it predicts {model.prediction}")
-    if model.ignored:
-        shown = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(model.ignored.items()))
-        say(f"left out, having no place in it: {shown}")
+    convert.tell_left_out(console, model.ignored, "having no place in it")
     if model.schedule is None:
         convert.warn(console, "its betas are those of no schedule in conf/schedule; train on with one of your own")
     if latents.statistics(model.autoencoder.state) is None:

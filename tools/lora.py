@@ -86,6 +86,7 @@ def _change_model(arguments: argparse.Namespace, console: Console, done: str, ch
     convert_model.write_model(arguments.target, target_format, changed)
     count = len({key for file in files for key in file.adapters})
     console.print(f"{arguments.target}: {len(files)} sets of adapters {done}, {count} layers, as {target_format}")
+    convert.tell_left_out(console, model.ignored, "having no place in it")
 
 
 def combine(arguments: argparse.Namespace, console: Console) -> None:
@@ -139,7 +140,7 @@ def extract(arguments: argparse.Namespace, console: Console) -> None:
     keys = [layer.key for layer in layers_of(base) if chosen.fullmatch(layer.key)]
     for key in _tracked(keys, "extracting", console):
         before, after = (place_of(key).of(_state_of(model, key)) for model in (first, second))
-        if not torch.equal(before, after):
+        if not torch.equal(before.float(), after.float()):
             found = extracted(before, after, arguments.rank, arguments.energy, arguments.clamp_quantile)
             result[key] = found
             difference = after.float() - before.float()
@@ -150,6 +151,7 @@ def extract(arguments: argparse.Namespace, console: Console) -> None:
             "--layers"
         )
     _write(arguments, result, AdapterMetadata(base, _digest(first)), console)
+    _tell_rest(first, second, base, console)
     mean = sum(share) / len(share)
     console.print(f"they hold {mean:.1%} of the squared difference of a layer, {min(share):.1%} of the worst")
 
@@ -274,10 +276,33 @@ def _compare_digests(model: DiffusionModel, files: Mapping[Path, AdapterFile], c
 
 
 def _digest(model: DiffusionModel) -> str:
+    """Identity of a U-Net in float32, the type in which it is trained and sampled, whatever its file's."""
     with torch.device("meta"):
         unet = build_unet(model.unet.node)
-    unet.load_state_dict(model.unet.state, strict=True, assign=True)
+    state = {name: value.float() if value.is_floating_point() else value for name, value in model.unet.state.items()}
+    unet.load_state_dict(state, strict=True, assign=True)
     return digest(unet)
+
+
+def _tell_rest(first: DiffusionModel, second: DiffusionModel, base: AdapterBase, console: Console) -> None:
+    """Warn of what differs and is no weight of a layer, such as biases and norms, which adapters cannot hold."""
+    differing = []
+    for prefix in (UNET_PREFIX, TEXT_ENCODER):
+        if prefix == TEXT_ENCODER and None in (first.text_encoder, second.text_encoder):
+            continue
+        held = {place_of(layer.key).name for layer in layers_of(base) if layer.key.startswith(prefix)}
+        before, after = (_state_of(model, prefix) for model in (first, second))
+        differing += [
+            f"{prefix}{name}"
+            for name, value in before.items()
+            if name not in held and name in after and not torch.equal(value.float(), after[name].float())
+        ]
+    if differing:
+        convert.warn(
+            console,
+            f"{len(differing)} other tensors differ, such as {differing[0]}; they are weights of no layer, and are "
+            "not in the adapters",
+        )
 
 
 def _state_of(model: DiffusionModel, key: str) -> Mapping[str, Tensor]:

@@ -1,6 +1,7 @@
 """The command line of `tools/lora.py`."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -29,6 +30,17 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
     return parser.parse_args(argv)
 
 
+def _finite(text: str) -> float:
+    """A number that is neither infinite nor none, which would make every weight so."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; allowed is a finite number; change it")
+    return number
+
+
 def _add_merge(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("base", metavar="BASE", type=Path, help="the model: a .ckpt, a .safetensors, or a folder")
@@ -55,7 +67,7 @@ def _add_extract(command: argparse.ArgumentParser) -> None:
     add("target", metavar="TARGET", type=Path, help=_NEW_FILE)
     _add_rank_options(command)
     help_text = "cut the factors' values off beyond this quantile, such as 0.99 (default: not at all)"
-    add("--clamp-quantile", type=float, help=help_text)
+    add("--clamp-quantile", type=_finite, help=help_text)
     add("--layers", default=".*", metavar="PATTERN", help="regular expression of keys (default: all that differ)")
     _add_model_options(command)
     _add_output_options(command)
@@ -86,13 +98,13 @@ def _add_source_and_target(command: argparse.ArgumentParser) -> None:
 def _add_sets(command: argparse.ArgumentParser) -> None:
     command.add_argument("adapters", metavar="ADAPTERS", type=Path, nargs="+", help="files or folders of adapters")
     help_text = "one for each of ADAPTERS, in their order (default: 1)"
-    command.add_argument("--weight", type=float, action="append", default=[], help=help_text)
+    command.add_argument("--weight", type=_finite, action="append", default=[], help=help_text)
 
 
 def _add_rank_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rank", type=int, help="the largest rank of a layer")
     help_text = "the share of each layer's squared norm to keep, by the smallest rank that does (0 to 1)"
-    command.add_argument("--energy", type=float, help=help_text)
+    command.add_argument("--energy", type=_finite, help=help_text)
 
 
 def _add_output_options(command: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ Two things are not errors: a file of kohya's without `.alpha` means alpha = r, t
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,7 @@ def write_adapters(
         raise ValueError(f"{path} ends in {path.suffix!r}; allowed is a name in .safetensors; change it")
     layers = layers_of(metadata.base)
     _check_shapes(adapters, layers)
+    _check_scales(adapters)
     converted = adapters if dtype is None else {key: adapter.to(dtype) for key, adapter in adapters.items()}
     names = LAYOUTS[layout].names(layers).written
     header = metadata.header()
@@ -230,7 +232,10 @@ class _Scales(NamedTuple):
 
     def adapter(self, module: str, parts: Mapping[str, Tensor]) -> LowRank:
         down, up = parts["down"], parts["up"]
-        rank = down.shape[0] if down.ndim else 1
+        try:
+            rank = LowRank(down, up).rank
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from error
         if self.layout is DIFFUSERS:
             alpha = self.peft.scale(module, rank)
         else:
@@ -245,10 +250,7 @@ class _Scales(NamedTuple):
                     f"the magnitude of {module} is {tuple(parts['magnitude'].shape)} beside a B of {tuple(up.shape)}; "
                     f"allowed is one length for each of the {up.shape[0]} outputs; name another file"
                 )
-        try:
-            return LowRank(down, up, alpha, magnitude)
-        except (ValueError, IndexError) as error:
-            raise ValueError(f"{module}: {error}") from error
+        return LowRank(down, up, alpha, magnitude)
 
 
 def _number(module: str, value: Tensor) -> float:
@@ -315,6 +317,14 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"{len(broken)} tensors hold values that are not finite{_listed(broken)}; allowed are finite numbers; use "
             "an earlier file of that training, or a type of a larger range"
+        )
+
+
+def _check_scales(adapters: Mapping[str, LowRank]) -> None:
+    if broken := [key for key, adapter in adapters.items() if not math.isfinite(adapter.alpha)]:
+        raise ValueError(
+            f"the scales of {len(broken)} adapters are not finite{_listed(broken)}; allowed are finite numbers; change "
+            "their alpha"
         )
 
 

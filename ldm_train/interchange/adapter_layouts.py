@@ -22,6 +22,7 @@ Diffusers' names have had three ages, all of which are understood: `attn1.proces
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ PEFT_SETTINGS = "lora_adapter_metadata"
 """Entry of the header with peft's settings."""
 
 _PEFT_PREFIX = "base_model.model."
-_PEFT_ALPHA = _PEFT_RANK = 8  # of `LoraConfig` where nothing is said
+_PEFT_ALPHA = 8  # of `LoraConfig` where nothing is said
 
 
 class Layout(NamedTuple):
@@ -122,7 +123,10 @@ def magnitude_of(value: Tensor, layout: Layout, up: Tensor) -> Tensor | None:
 
 
 class PeftSettings(NamedTuple):
-    """What a header or an `adapter_config.json` says of the scale of adapters, per part; none says 1."""
+    """What a header or an `adapter_config.json` says of the scale of adapters, per part.
+
+    Where there are settings without `lora_alpha` it is peft's default, 8; where there are none, the scale is 1.
+    """
 
     by_prefix: dict[str, dict[str, Any]]
 
@@ -133,6 +137,7 @@ class PeftSettings(NamedTuple):
         Raises:
             ValueError: if it is damaged.
         """
+        is_folder = config is not None
         if config is None:
             try:
                 config = json.loads(header.get(PEFT_SETTINGS, "{}"))
@@ -144,12 +149,13 @@ class PeftSettings(NamedTuple):
             raise ValueError(
                 f"the settings of the adapters are {type(config).__name__}; allowed is a dictionary; name another file"
             )
-        prefixes = (UNET, TEXT_ENCODER, "")
-        by_prefix = {
-            prefix: {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
-            for prefix in prefixes
-        }
-        return cls({prefix: settings for prefix, settings in by_prefix.items() if "lora_alpha" in settings})
+        by_prefix: dict[str, dict[str, Any]] = {"": {}} if is_folder else {}
+        for key, value in config.items():
+            prefix = next((prefix for prefix in (UNET, TEXT_ENCODER) if key.startswith(prefix)), "")
+            # Peft's own keys have no dots: what is left is of a part that is none of ours, such as `text_encoder_2.`.
+            if "." not in (name := key.removeprefix(prefix)):
+                by_prefix.setdefault(prefix, {})[name] = value
+        return cls(by_prefix)
 
     def scale(self, module: str, rank: int) -> float:
         """The scale of a module's B A, by its name in the file.
@@ -163,8 +169,9 @@ class PeftSettings(NamedTuple):
             return 1.0
         name = module.removeprefix(prefix).removeprefix(_PEFT_PREFIX)
         alpha = _matching(settings.get("alpha_pattern"), name, settings.get("lora_alpha", _PEFT_ALPHA))
-        if not isinstance(alpha, int | float):
-            raise ValueError(f"lora_alpha of {module} is {alpha!r}; allowed is a number; name another file")
+        # No comparison with what is no number is true, and whole numbers of JSON have no largest one.
+        if not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
+            raise ValueError(f"lora_alpha of {module} is {alpha!r}; allowed is a finite number; name another file")
         return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 

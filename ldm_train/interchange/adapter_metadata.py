@@ -24,6 +24,18 @@ TRIGGER_PHRASE = "modelspec.trigger_phrase"
 
 _ADAPTERS = "adapters"
 _STRUCTURAL = ("format", RECORD, "lora_adapter_metadata")
+# Notes that are of the tensors themselves, and stale with others: kohya's and modelspec's.
+_OF_THE_TENSORS = (
+    "ss_network_dim",
+    "ss_network_alpha",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    "modelspec.hash_sha256",
+)
+# No U-Net has so many blocks, nor a text tower so many layers, and a record of more would take hours to look at.
+_LARGEST = 500
+# Nor has one so many channels; tensors of more cannot be counted.
+_WIDEST = 1 << 20
 _UNET = {"_target_": "ldm_train.nn.UNet", "in_channels": 4, "out_channels": 4}
 PUBLISHED: dict[str, AdapterBase] = {
     "sd1": AdapterBase(_UNET | {"context_dim": 768, "num_heads": 8}, TextShape(12, 768)),
@@ -84,7 +96,8 @@ class AdapterMetadata:
             "base_digest": self.base_digest,
             "trigger_words": list(self.trigger_words),
         }
-        notes = {key: value for key, value in self.notes.items() if key not in _STRUCTURAL}
+        stale = (*_STRUCTURAL, *_OF_THE_TENSORS)
+        notes = {key: value for key, value in self.notes.items() if key not in stale}
         return notes | {"format": "pt", RECORD: json.dumps({_ADAPTERS: record})}
 
 
@@ -129,15 +142,35 @@ def read_header(header: Mapping[str, str]) -> Header:
     try:
         text, digest, words = (record.get(key) for key in ("text_encoder", "base_digest", "trigger_words"))
         base = AdapterBase(record["unet"], None if text is None else TextShape(**text))
-        UNetArchitecture.of(base.unet)
-        check = isinstance(digest, str | None) and all(isinstance(word, str) for word in words or ())
-        if not check or any(type(number) is not int for number in base.text_encoder or ()):
+        _check_size(base)
+        if not isinstance(digest, str | None) or not all(isinstance(word, str) for word in words or ()):
             raise TypeError("a value is of another type")
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"the record of the file is damaged ({error}); allowed is what this program writes; name another file"
         ) from error
     return Header(base, None, digest, tuple(words or ()), notes)
+
+
+def _check_size(base: AdapterBase) -> None:
+    """Refuse a record that describes no model, before one is built from it."""
+    shape = UNetArchitecture.of(base.unet)
+    counts = (shape.in_channels, shape.out_channels, shape.concat_channels, shape.channels, shape.num_res_blocks)
+    widths = (shape.context_dim or 0, shape.vector_dim or 0, shape.norm_groups, *shape.channel_multipliers)
+    text = base.text_encoder or ()
+    if any(
+        type(number) is not int or not 0 <= number <= _WIDEST for number in (*counts, *widths, *shape.depths, *text)
+    ):
+        raise TypeError(f"a size of a network is no whole number from 0 to {_WIDEST}")
+    if not isinstance(base.unet.get("dropout", 0.0), int | float):
+        raise TypeError("a share is no number")
+    blocks = shape.num_res_blocks * sum(1 + depth for depth in shape.depths)
+    layers = 0 if base.text_encoder is None else base.text_encoder.num_layers
+    for found, what in ((blocks, "blocks of its U-Net"), (layers, "layers of its text encoder")):
+        if found > _LARGEST:
+            raise ValueError(
+                f"the record of the file says {found} {what}; allowed are up to {_LARGEST}; name another file"
+            )
 
 
 def _named_base(header: Mapping[str, str]) -> str | None:

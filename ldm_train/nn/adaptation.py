@@ -87,6 +87,12 @@ class Adaptation:
             raise ValueError(
                 f"lora dropout is {self.dropout}; allowed is 0 <= dropout < 1; change `{self.key}.dropout`"
             )
+        for option, alpha in (
+            ("alpha", self.alpha),
+            *(("alpha_pattern", each) for each in self.alpha_pattern.values()),
+        ):
+            if not math.isfinite(alpha):
+                raise ValueError(f"lora {option} is {alpha}; allowed is a finite number; change `{self.key}.{option}`")
         for option in ("targets", "rank_pattern", "alpha_pattern"):
             for pattern in [] if isinstance(self.targets, str) and option == "targets" else getattr(self, option):
                 self._check_expression(option, pattern)

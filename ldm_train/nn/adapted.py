@@ -72,10 +72,11 @@ class Adapter(nn.Module):
         up = self.up.to(x.dtype)
         change = self.alpha * (linear(low, up, None) if up.ndim == 2 else F.conv2d(low, up))
         if self.length_change is not None:
-            stretch = self._stretch(weight).to(y.dtype)
+            stretch = self._stretch(weight)
             if weight.ndim == 4:
                 stretch = stretch[:, None, None]
-            change = (stretch - 1.0) * y + stretch * change
+            # g - 1 is small beside g, and would be lost if g were rounded first.
+            change = (stretch - 1.0).to(y.dtype) * y + stretch.to(y.dtype) * change
         return self.multiplier * change
 
     def value(self, weight: Tensor) -> LowRank:

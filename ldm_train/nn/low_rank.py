@@ -35,11 +35,14 @@ class LowRank:
 
     def __post_init__(self) -> None:
         kernel_of_up = (1,) * (self.down.ndim - 2)
-        if self.down.ndim not in (2, 4) or self.up.shape != (self.up.shape[0], self.down.shape[0], *kernel_of_up):
+        meets = self.up.ndim == self.down.ndim and self.up.shape[1:] == (*self.down.shape[:1], *kernel_of_up)
+        if self.down.ndim not in (2, 4) or not meets:
             raise ValueError(
                 f"an adapter's A is {tuple(self.down.shape)} and its B {tuple(self.up.shape)}; allowed are (r, in) and "
                 "(out, r), or (r, in, h, w) and (out, r, 1, 1); name another file"
             )
+        if self.rank < 1:
+            raise ValueError(f"an adapter's rank is {self.rank}; allowed is 1 at least; name another file")
         if self.magnitude is not None and self.magnitude.shape != self.up.shape[:1]:
             raise ValueError(
                 f"an adapter's magnitude is {tuple(self.magnitude.shape)} beside a B of {tuple(self.up.shape)}; "

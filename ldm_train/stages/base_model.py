@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm_train.checkpoint import load_pretrained, read_checkpoint, strict_load
+from ldm_train.conditioning import Conditioner
 from ldm_train.diffusion import Denoiser
 from ldm_train.interchange import Architecture, UNetArchitecture, build_schedule, compvis, diffusers, diffusers_model
 from ldm_train.interchange.latents import SCALE_FACTOR, scaled, statistics
@@ -34,13 +35,14 @@ _UNET_FILE, _AUTOENCODER_FILE, _PREFIX = "unet.ckpt", "autoencoder.ckpt", "denoi
 _STABLE_DIFFUSION = ((320, 768), (320, 1024))
 
 
-def load_foreign_base(path: Path, denoiser: Denoiser, autoencoder: FirstStage) -> bool:
+def load_foreign_base(path: Path, denoiser: Denoiser, autoencoder: FirstStage, conditioner: Conditioner) -> bool:
     """Give a stage's networks the weights of a model that is no checkpoint of a run.
 
     Args:
         path: the file or folder.
         denoiser: its network takes the U-Net's weights.
         autoencoder: takes its own if it is not calibrated.
+        conditioner: may hold nothing that was learned with the U-Net, which such files do not have.
 
     Returns:
         Whether there was one; otherwise nothing is changed.
@@ -60,9 +62,25 @@ def load_foreign_base(path: Path, denoiser: Denoiser, autoencoder: FirstStage) -
             _load(model, denoiser, autoencoder, told_prediction="prediction" in compvis.contents(content).record)
         else:
             return False
+        _check_conditioner(conditioner)
+        check_finite(denoiser.network)
     except ValueError as error:
         raise ValueError(f"{path} is not the base model of this config: {error}; see `{KEY}`") from error
     return True
+
+
+def check_finite(network: torch.nn.Module) -> None:
+    """Refuse a base model whose every prediction would be no number.
+
+    Raises:
+        ValueError: if a weight is not finite.
+    """
+    broken = [name for name, value in network.state_dict().items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} tensors of the base model's U-Net hold values that are not finite, the first is "
+            f"{broken[0]}; allowed are finite numbers; change `{KEY}`"
+        )
 
 
 def _load(
@@ -128,6 +146,17 @@ def _check_meaning(prediction: str | None, schedule: Mapping[str, Any] | None, d
             f"its noise schedule has {len(theirs)} steps from {theirs[0]:.5g} to {theirs[-1]:.5g}, the config's "
             f"{len(own)} from {own[0]:.5g} to {own[-1]:.5g}; allowed are equal ones; change `schedule` (Stable "
             "Diffusion's is `schedule=scaled_linear`)"
+        )
+
+
+def _check_conditioner(conditioner: Conditioner) -> None:
+    """Refuse a conditioner that would stay random: its frozen parts have weights of their own, and nothing else has."""
+    frozen = tuple(f"{name}." for name in conditioner.frozen_parts)
+    if learned := [name for name, _ in conditioner.named_parameters() if not name.startswith(frozen)]:
+        raise ValueError(
+            f"it has no weights for {len(learned)} parameters of the conditioner, which were trained with the U-Net; "
+            f"the first is {learned[0]}; allowed is a conditioner with nothing of that kind (`conditioner=clip_l14`), "
+            f"or a checkpoint of stage 2, which has them; change `{KEY}` or `conditioner`"
         )
 
 

@@ -27,7 +27,7 @@ from ldm_train.nn import (
     inject_adapters,
     lora_disabled,
 )
-from ldm_train.stages.base_model import load_foreign_base
+from ldm_train.stages.base_model import check_finite, load_foreign_base
 from ldm_train.stages.latent_diffusion import LatentDiffusion
 from ldm_train.stages.moments import Moments
 from ldm_train.stages.optimization import OptimizerFactory, SchedulerFactory
@@ -135,7 +135,7 @@ class LoRAFineTuning(LatentDiffusion):
                 f"base_precision is {base_precision!r}; allowed are {' and '.join(_PRECISIONS)}; change "
                 "`stage.base_precision`"
             )
-        is_foreign = load_foreign_base(Path(base_checkpoint), denoiser, autoencoder)
+        is_foreign = load_foreign_base(Path(base_checkpoint), denoiser, autoencoder, conditioner)
         super().__init__(
             denoiser,
             autoencoder,
@@ -164,9 +164,11 @@ class LoRAFineTuning(LatentDiffusion):
 
     def _load_run(self, path: Path) -> None:
         base = read_checkpoint(path, key="stage.base_checkpoint")
+        _check_stage(path, base)
         base["state_dict"] = drop_prefixes(base["state_dict"], OF_TRAINING) | self._of_training()
         super().on_load_checkpoint(base)
         load_averaged(self, base)
+        check_finite(self.denoiser.network)
 
     def _inject(self) -> list[str]:
         networks = adaptable_networks(self)
@@ -262,6 +264,16 @@ def _of_text_encoder(given: Mapping[str, Any], unets: Adaptation) -> Adaptation:
         )
     inherited = {name: getattr(unets, name) for name in _INHERITED}
     return Adaptation(**(inherited | dict(given) | {"key": "stage.text_encoder"}))
+
+
+def _check_stage(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse the checkpoint of another stage, by what it alone has."""
+    is_adapted = "scales" in checkpoint
+    if is_adapted or not any(name.startswith("denoiser.") for name in checkpoint["state_dict"]):
+        raise ValueError(
+            f"{path} is of stage {3 if is_adapted else 1}; allowed is stage 2, or a published model; change "
+            "`stage.base_checkpoint`"
+        )
 
 
 def _listed(numbers: set[int] | set[float]) -> str:

@@ -305,7 +305,7 @@ class TestDamage:
         [
             ("[1]", "allowed is a dictionary"),
             ("{", "allowed is JSON"),
-            ('{"unet.lora_alpha": "four"}', "allowed is a number"),
+            ('{"unet.lora_alpha": "four"}', "allowed is a finite number"),
             ('{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 2}}', "alpha_pattern"),
         ],
     )

@@ -144,6 +144,9 @@ def test_a_starts_random_with_rows_of_unit_expected_length_and_b_at_zero():
         ({"rank_pattern": {"conv_in": 2}}, r"rank_pattern has 'conv_in', which matches none .* `stage.rank_pattern`"),
         ({"alpha_pattern": {"x": 2.0}}, r"alpha_pattern has 'x', which matches none .* `stage.alpha_pattern`"),
         ({"scale_mode": "rslora"}, r"scale_mode is 'rslora'; allowed are direct, .* change `stage.scale_mode`"),
+        ({"alpha": math.nan}, r"alpha is nan; allowed is a finite number; change `stage.alpha`"),
+        ({"alpha_pattern": {".*": math.inf}}, r"alpha_pattern is inf; allowed .* change `stage.alpha_pattern`"),
+        ({"dropout": math.nan}, r"dropout is nan; allowed is 0 <= dropout < 1; change `stage.dropout`"),
         ({"dropout": 1.0}, r"dropout is 1.0; allowed is 0 <= dropout < 1; change `stage.dropout`"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,6 +79,18 @@ def test_the_adapted_layer_is_the_layer_of_the_merged_weight(kind, rank, alpha, 
     merge_adapters(module)
     torch.testing.assert_close(module["layer"](x), adapted, rtol=1e-5, atol=1e-5)
     assert torch.equal(module["layer"].weight, merged.weight)
+
+
+@pytest.mark.parametrize("kind", ["linear without a bias", "convolution 3x3"])
+def test_a_small_change_of_length_is_not_rounded_away_in_bfloat16(kind):
+    module, x = network(kind, torch.bfloat16), inputs(kind, torch.bfloat16)
+    layer, zero = module["layer"], change_of(module["layer"], 2, dora=True, zero=True)
+    attach_adapters(module, "one", {"layer": replace(zero, magnitude=1.002 * lengths(layer.weight.detach()))})
+    weight = module["layer"].weight
+    y = module["layer"].product(x, weight)
+    (adapter,) = module["layer"].of_adapters()
+    found, expected = adapter(x, module["layer"].product, y, weight).float().detach(), 0.002 * y.float().detach()
+    assert float((found - expected).norm() / expected.norm()) < 0.01
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.05)])

@@ -53,5 +53,9 @@ def test_the_multiplier_is_a_line_from_the_base_to_the_merged_weight(magnitude: 
 def test_factors_that_do_not_meet_are_refused_with_their_shapes() -> None:
     with pytest.raises(ValueError, match=r"A is \(3, 5\) and its B \(7, 2\)"):
         LowRank(torch.randn(3, 5), torch.randn(7, 2))
+    with pytest.raises(ValueError, match=r"A is \(3, 5\) and its B \(\)"):
+        LowRank(torch.randn(3, 5), torch.tensor(1.0))
+    with pytest.raises(ValueError, match="rank is 0; allowed is 1 at least"):
+        LowRank(torch.randn(0, 5), torch.randn(7, 0))
     with pytest.raises(ValueError, match="magnitude"):
         LowRank(torch.randn(3, 5), torch.randn(7, 3), magnitude=torch.ones(5))

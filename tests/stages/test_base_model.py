@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from ldm_train.checkpoint import digest
+from ldm_train.conditioning import CombinedConditioner, NoConditioner, TransformerTextConditioner
 from ldm_train.diffusion import Denoiser, cosine_schedule, scaled_linear_schedule
 from ldm_train.interchange import build, build_unet
 from ldm_train.stages.base_model import load_foreign_base
 
+from ..conditioning.toy import clip
 from ..interchange.models import random_model
 from ..interchange.networks import SMALL
 from ..interchange.unets import SMALL_UNET
@@ -30,15 +32,16 @@ def written(tmp_path, place, **kind):
 
 def parts(prediction="epsilon", schedule=None, **changes):
     unet = build_unet(SMALL_UNET | changes)
-    return Denoiser(unet, schedule or scaled_linear_schedule(1000, 0.00085, 0.012), prediction), build(SMALL)
+    denoiser = Denoiser(unet, schedule or scaled_linear_schedule(1000, 0.00085, 0.012), prediction)
+    return denoiser, build(SMALL), NoConditioner()
 
 
 @pytest.mark.parametrize("averaged", [True, False])
 @pytest.mark.parametrize("place", PLACES)
 def test_from_every_kind_of_file_comes_the_same_model(place, averaged, tmp_path):
     path, model = written(tmp_path, place, averaged=averaged)
-    denoiser, autoencoder = parts()
-    assert load_foreign_base(path, denoiser, autoencoder)
+    denoiser, autoencoder, conditioner = parts()
+    assert load_foreign_base(path, denoiser, autoencoder, conditioner)
     wanted = model.average.state if averaged else model.unet.state
     assert all(torch.equal(value, wanted[name]) for name, value in denoiser.network.state_dict().items())
     first_stage = model.autoencoder.state
@@ -48,10 +51,10 @@ def test_from_every_kind_of_file_comes_the_same_model(place, averaged, tmp_path)
 
 def test_a_calibrated_autoencoder_is_kept(tmp_path):
     path, _ = written(tmp_path, "sd.safetensors")
-    denoiser, autoencoder = parts()
+    denoiser, autoencoder, conditioner = parts()
     autoencoder.calibrate(torch.zeros(4), torch.ones(4))
     before = digest(autoencoder)
-    assert load_foreign_base(path, denoiser, autoencoder)
+    assert load_foreign_base(path, denoiser, autoencoder, conditioner)
     assert digest(autoencoder) == before
 
 
@@ -79,6 +82,14 @@ def test_another_model_than_the_config_s_is_refused(place, config, message, tmp_
         load_foreign_base(path, *parts(**config))
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = random_model(averaged=False)
+    model.unet.state["conv_in.bias"][0] = float("nan")
+    write_model(tmp_path / "sd.safetensors", COMPVIS, model)
+    with pytest.raises(ValueError, match=r"1 tensors .* not finite, the first is conv_in.bias; .* `stage.base_check"):
+        load_foreign_base(tmp_path / "sd.safetensors", *parts())
+
+
 def test_latents_of_unknown_scale_are_refused(tmp_path):
     model = random_model()
     write_model(tmp_path / "sd.ckpt", COMPVIS, model)
@@ -87,3 +98,15 @@ def test_latents_of_unknown_scale_are_refused(tmp_path):
     save_file(state, tmp_path / "sd.safetensors")
     with pytest.raises(ValueError, match=r"does not say how its latents are scaled; .* `stage.autoencoder.checkpoint`"):
         load_foreign_base(tmp_path / "sd.safetensors", *parts())
+
+
+def test_a_conditioner_that_was_learned_with_the_unet_is_refused_for_no_file_has_it(tmp_path):
+    path, _ = written(tmp_path, "sd.safetensors")
+    denoiser, autoencoder, _ = parts()
+    frozen, learned = clip(), TransformerTextConditioner(32, 12, num_layers=1, num_heads=2)
+    assert load_foreign_base(path, denoiser, autoencoder, frozen)
+    assert load_foreign_base(path, denoiser, autoencoder, CombinedConditioner({"text": frozen}))
+    message = r"no weights for \d+ parameters of the conditioner, .*the first is .*position.*`stage.base_checkpoint`"
+    for conditioner in (learned, CombinedConditioner({"text": learned})):
+        with pytest.raises(ValueError, match=message):
+            load_foreign_base(path, denoiser, autoencoder, conditioner)

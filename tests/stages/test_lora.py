@@ -116,6 +116,25 @@ def test_adapters_of_another_base_or_rank_are_refused(base, checkpoint, tmp_path
         lora(tmp_path / "other.ckpt").on_load_checkpoint(content)
 
 
+def test_a_checkpoint_of_another_stage_is_no_base(base, checkpoint, tmp_path):
+    stage = lora(checkpoint)
+    adapters = {"state_dict": stage.state_dict()}
+    stage.on_save_checkpoint(adapters)
+    first = {"state_dict": {f"autoencoder.{k}": v for k, v in base.autoencoder.state_dict().items()}, "frozen": {}}
+    for number, content in ((3, adapters), (1, first)):
+        torch.save(content, tmp_path / "other.ckpt")
+        with pytest.raises(ValueError, match=rf"is of stage {number}; allowed is stage 2.*`stage.base_checkpoint`"):
+            lora(tmp_path / "other.ckpt")
+
+
+def test_a_base_of_weights_that_are_not_finite_is_refused(checkpoint):
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["denoiser.network.conv_in.bias"][0] = float("nan")
+    torch.save(content, checkpoint)
+    with pytest.raises(ValueError, match=r"the first is conv_in.bias; allowed are finite numbers; .*base_checkpoint"):
+        lora(checkpoint)
+
+
 def test_a_missing_base_names_the_key():
     with pytest.raises(FileNotFoundError, match=r"change `stage.base_checkpoint`"):
         lora("nowhere.ckpt")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import convert_model
 import lora
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from ldm_train.checkpoint import digest
 from ldm_train.interchange import AdapterMetadata, build_unet, read_adapters, write_adapters
 from ldm_train.interchange.adapter_metadata import PUBLISHED
+from ldm_train.interchange.model import Part
 from ldm_train.nn.low_rank_algebra import singular_values
 from tests.interchange.adapters import SMALL_BASE, assert_same_adapters, random_adapters, with_adapters
 from tests.interchange.models import encoder_of, random_model
@@ -119,6 +121,37 @@ class TestMerging:
         run("merge", path / "other", path / "second", path / "two.safetensors")
         assert "two.safetensors was trained on another U-Net (sha256" in " ".join(capsys.readouterr().err.split())
 
+    def test_a_base_in_half_of_the_precision_is_the_same_unet(self, files, capsys):
+        path, _ = files
+        model = random_model(averaged=False)
+        halved = {name: value.half() for name, value in model.unet.state.items()}
+        write_model(path / "half", "diffusers", replace(model, unet=Part(SMALL_UNET, halved)))
+        unet = build_unet(SMALL_UNET)
+        unet.load_state_dict(halved)  # what stage 3 trains on
+        metadata = AdapterMetadata(SMALL_BASE, digest(unet))
+        write_adapters(path / "three.safetensors", random_adapters(chosen=r"unet\..*to_q"), metadata)
+        run("merge", path / "half", path / "first", path / "three.safetensors")
+        assert "another U-Net" not in " ".join(capsys.readouterr().err.split())
+
+    def test_what_has_no_place_in_the_merged_model_is_said(self, files, capsys, monkeypatch):
+        path, _ = files
+        found, kind = read_model(Source(path / "base"))
+        lacking = replace(found, text_encoder=None, ignored={"conditioner": 16})
+        monkeypatch.setattr(convert_model, "read_model", lambda _: (lacking, kind))
+        run("merge", path / "base", path / "merged", path / "two.safetensors")
+        said = " ".join(capsys.readouterr().err.split())
+        assert "left out, having no place in it: conditioner (16 tensors)" in said
+
+    @pytest.mark.parametrize("weight", ["nan", "inf", "much"])
+    def test_a_weight_that_is_no_finite_number_is_refused(self, weight, files, capsys):
+        path, _ = files
+        with pytest.raises(SystemExit, match="2"):
+            lora.main(
+                ["merge", str(path / "base"), str(path / "new"), str(path / "one.safetensors"), "--weight", weight]
+            )
+        assert f"argument --weight: it is '{weight}'; allowed is a finite number" in capsys.readouterr().err
+        assert not (path / "new").exists()
+
     def test_dora_is_merged_and_cannot_be_taken_out(self, files, capsys):
         path, _ = files
         adapters = random_adapters(chosen=r"unet\..*to_q", dora=True)
@@ -169,6 +202,20 @@ def test_extraction_finds_what_was_merged(files, capsys):
     assert found.metadata.base_digest == digest(random_unet(SMALL_UNET))
     run("extract", path / "base", path / "merged", path / "q.safetensors", "--energy", 0.9, "--layers", r"unet\..*to_q")
     assert {key.split(".")[-1] for key in read_adapters(path / "q.safetensors").adapters} == {"to_q"}
+
+
+def test_extraction_tells_of_what_adapters_cannot_hold(files, capsys):
+    path, _ = files
+    run("merge", path / "base", path / "merged", path / "one.safetensors")
+    given = ["extract", path / "base", path / "tuned", path / "found.safetensors", "--rank", 4]
+    model, _ = read_model(Source(path / "merged"))
+    state = model.unet.state | {"conv_in.bias": model.unet.state["conv_in.bias"] + 1}
+    write_model(path / "tuned", "ldm_train", replace(model, unet=Part(SMALL_UNET, state)))
+    capsys.readouterr()
+    run(*given)
+    assert "1 other tensors differ, such as unet.conv_in.bias;" in " ".join(capsys.readouterr().err.split())
+    run("extract", path / "base", path / "merged", path / "again.safetensors", "--rank", 4)
+    assert "other tensors differ" not in capsys.readouterr().err
 
 
 def test_a_smaller_rank_and_its_size(files, capsys):
