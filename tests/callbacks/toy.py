@@ -1,6 +1,7 @@
 """The smallest stage and data that have the API of the real ones: a pixel-wise colour and its caption."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import lightning as L
 import torch
@@ -33,6 +34,8 @@ class ToyIndex(list):
 
 
 class ToyData(L.LightningDataModule):
+    options = SimpleNamespace(interpolation="bicubic")
+
     global_batch_size = 4
 
     def __init__(self):
@@ -48,7 +51,7 @@ class ToyData(L.LightningDataModule):
     def val_dataloader(self):
         return self._loader()
 
-    def reference_batches(self, count, batch_size):
+    def reference_batches(self, count, batch_size, data_set=None):
         rows = range(NUM_IMAGES if count is None else count)
         for first in range(0, len(rows), batch_size):
             yield batch_of(rows[first : first + batch_size])
