@@ -125,8 +125,13 @@ def again(arguments: argparse.Namespace, console: Console) -> int:
     settings = sampling_settings.read(path)
     if settings is None:
         raise ValueError(f"{path} does not say how it was made; allowed are images of this tool; change --again")
-    made = settings[sampling_settings.MADE]
+    made, original = settings[sampling_settings.MADE], sampling_settings.pixels_of(path)
     folder = arguments.output or path.absolute().parent / "again"
+    if (folder / path.name).resolve() == path.resolve():
+        raise ValueError(
+            f"the image would be made over {path}, which it is compared with; allowed is any other folder; change "
+            "--output"
+        )
     options = [*sampling_settings.command_of(settings), f"--output={folder}"]
     options += [f"--device={made['device'] if made['device'] in devices() else arguments.device}"]
     options += [] if arguments.checkpoint is None else [f"--checkpoint={arguments.checkpoint}"]
@@ -142,7 +147,7 @@ def again(arguments: argparse.Namespace, console: Console) -> int:
     pixels = generate_batch(stage, session.start, copies, own.precision)[made["row"]]
     picture = Picture(request, pixels, made["row"], made["batch"])
     sampling_settings.save(picture, own.output / path.name, session.shared, stage.device)
-    difference = (pixels.int() - sampling_settings.pixels_of(path).int()).abs()
+    difference = (pixels.int() - original.int()).abs()
     differing, largest = int(difference.amax(0).count_nonzero()), int(difference.max())
     same = "the same, bit for bit" if not differing else f"{differing} pixels differ, by {largest} of 255 at most"
     say(console, f"{own.output / path.name}: {same}")

@@ -191,6 +191,15 @@ class TestSettings:
         assert run("--again", folder / "00000.png") == 1
         assert "1 pixels differ" in capsys.readouterr().err
 
+    def test_an_image_is_never_made_over_the_one_that_it_is_compared_with(self, draw, capsys):
+        folder = draw("out", prompts=PROMPTS[:1])
+        before = (folder / "00000.png").read_bytes()
+        (folder / "again").symlink_to(folder)
+        for output in ([], ["--output", folder], ["--output", folder / "again"]):
+            assert run("--again", folder / "00000.png", *output) == 2
+            assert "which it is compared with; allowed is any other folder; change --output" in capsys.readouterr().err
+        assert (folder / "00000.png").read_bytes() == before
+
 
 class TestPrecision:
     def test_half_the_bits_change_little(self, draw):
