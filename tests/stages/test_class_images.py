@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ldm_train.batch import WantedImages
+from ldm_train.diffusion import ClassifierFreeGuidance, DDIMSampler, DDPMSampler
 from ldm_train.stages import AutoencoderStage, LoRAFineTuning, make_class_images
 from ldm_train.stages import class_images as module
 
@@ -116,6 +117,23 @@ def test_the_run_s_own_random_numbers_are_left_alone(stage, wanted):
     before = torch.random.get_rng_state()
     make_class_images(stage, wanted, CPU, KEY)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("changed", ["base", "sampler", "steps", "guidance"])
+def test_images_that_were_made_otherwise_are_refused(stage, wanted, changed):
+    make_class_images(stage, wanted._replace(number=2), CPU, KEY)
+    before = pictures(wanted)
+    if changed == "base":
+        with torch.no_grad():
+            next(stage.denoiser.network.parameters()).add_(1.0)
+    elif changed == "guidance":
+        stage.guidance = ClassifierFreeGuidance(3.0)
+    else:
+        stage.sampler = DDPMSampler(4) if changed == "sampler" else DDIMSampler(5)
+    message = rf"00000.png was made with {changed} \w+.*, and this run has {changed} .*; allowed are images of one base"
+    with pytest.raises(ValueError, match=rf"{message}.*folder {wanted.folder}, change `data.mixture.generated_dir`"):
+        make_class_images(stage, wanted, CPU, KEY)
+    assert pictures(wanted) == before
 
 
 def test_refusals_name_the_key(stage, wanted):
