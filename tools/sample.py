@@ -18,6 +18,7 @@ how it was made; `grid.png` shows the first 64 with their prompts. The same comm
 """
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ def sample(arguments: argparse.Namespace, console: Console) -> int:
         FileNotFoundError: if a file that it names is not there.
     """
     share, folder = Share.of(arguments), arguments.output
+    check_output(folder)
     session = prepare(arguments, console)
     own = share.own(session.requests)
     left = own if arguments.overwrite else pending(own, session.shared, folder)
@@ -136,6 +138,7 @@ def again(arguments: argparse.Namespace, console: Console) -> int:
     options += [f"--device={made['device'] if made['device'] in devices() else arguments.device}"]
     options += [] if arguments.checkpoint is None else [f"--checkpoint={arguments.checkpoint}"]
     own = parse(options)
+    check_output(folder)
     session = prepare(own, console)
     (request,) = session.requests
     if changed := sampling_settings.differing(settings, sampling_settings.settings_of(request, session.shared)):
@@ -152,6 +155,14 @@ def again(arguments: argparse.Namespace, console: Console) -> int:
     same = "the same, bit for bit" if not differing else f"{differing} pixels differ, by {largest} of 255 at most"
     say(console, f"{own.output / path.name}: {same}")
     return int(differing > 0)
+
+
+def check_output(folder: Path) -> None:
+    """Raises ValueError if nothing can be written into a folder; it is made when the first image is."""
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        state = "cannot be written to" if place.is_dir() else "is no folder"
+        raise ValueError(f"{place} {state}; allowed is a folder, which need not be there yet; change --output")
 
 
 def device_of(name: str) -> torch.device:
@@ -176,6 +187,13 @@ def warn(console: Console, text: str) -> None:
     console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
+def finite(text: str) -> float:
+    """An option's number."""
+    if not math.isfinite(number := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is given; allowed: finite numbers")
+    return number
+
+
 def positive(text: str) -> int:
     """An option's whole number, at least 1."""
     if (number := int(text)) < 1:
@@ -189,9 +207,10 @@ def weighted(text: str) -> tuple[Path, float]:
     if not equals or Path(text).exists():
         return Path(text), 1.0
     try:
-        return Path(path), float(weight)
+        float(weight)
     except ValueError:
         return Path(text), 1.0
+    return Path(path), finite(weight)
 
 
 def seeds(text: str) -> list[int]:
@@ -248,7 +267,7 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     add("--width", type=positive, help="in pixels, where images are not square")
     add("--height", type=positive, help="likewise")
     add("--image", type=Path, help="a picture to begin with")
-    add("--strength", type=float, help="how much of it is given up, up to 1 (default: 0.6, with --mask 1)")
+    add("--strength", type=finite, help="how much of it is given up, up to 1 (default: 0.6, with --mask 1)")
     add("--mask", type=Path, help="a picture that is white where something new is wanted; all else stays")
     add("--segmentation", type=Path, help="a PNG of one channel with a class for each pixel, for models of such maps")
 
@@ -258,8 +277,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sampling (default: as in the run's config)").add_argument
     add("--sampler", choices=list(SAMPLERS))
     add("--steps", type=positive, help="denoising steps")
-    add("--guidance", type=float, help="classifier-free guidance scale, 1 is none")
-    add("--eta", type=float, help="0 DDIM to 1 ancestral")
+    add("--guidance", type=finite, help="classifier-free guidance scale, 1 is none")
+    add("--eta", type=finite, help="0 DDIM to 1 ancestral")
 
 
 def add_work_options(parser: argparse.ArgumentParser) -> None:
@@ -290,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         return run(arguments, console)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
 
