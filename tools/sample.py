@@ -124,9 +124,13 @@ def again(arguments: argparse.Namespace, console: Console) -> int:
         FileNotFoundError: if a file is not there.
     """
     path: Path = arguments.again
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no image at {path}; allowed are images of this tool; change --again")
     settings = sampling_settings.read(path)
-    if settings is None:
-        raise ValueError(f"{path} does not say how it was made; allowed are images of this tool; change --again")
+    if settings is None or not sampling_settings.is_whole(path):
+        raise ValueError(
+            f"{path} does not say how it was made, or is damaged; allowed are whole images of this tool; change --again"
+        )
     made, original = settings[sampling_settings.MADE], sampling_settings.pixels_of(path)
     folder = arguments.output or path.absolute().parent / "again"
     if (folder / path.name).resolve() == path.resolve():

@@ -159,9 +159,19 @@ def read(path: Path) -> dict[str, Any] | None:
     try:
         with Image.open(path) as image:
             found = json.loads(image.info.get(FIELD, "null"))
-    except (UnidentifiedImageError, ValueError):
+    except (UnidentifiedImageError, Image.DecompressionBombError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and found.get("version") == VERSION else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an image has all its pixels: one that was cut off still has its text fields."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises on damage
+        return False
+    return True
 
 
 def pixels_of(path: Path) -> Tensor:

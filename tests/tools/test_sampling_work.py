@@ -88,6 +88,15 @@ class TestGoingOn:
         assert run(*given, "--output", folder) == 2
         assert "--overwrite" in capsys.readouterr().err
 
+    def test_an_image_that_was_cut_off_is_made_again(self, draw, capsys):
+        folder = draw("out", prompts=PROMPTS[:1])
+        whole = (folder / "00000.png").read_bytes()
+        (folder / "00000.png").write_bytes(whole[:-200])
+        assert run("--again", folder / "00000.png") == 2
+        assert "or is damaged" in capsys.readouterr().err
+        draw("out", prompts=PROMPTS[:1])
+        assert (folder / "00000.png").read_bytes() == whole
+
     def test_the_sheet_can_be_drawn_later(self, draw):
         folder = draw("out")
         sheet = (folder / "grid.png").read_bytes()
