@@ -80,8 +80,8 @@ def prepare(arguments: argparse.Namespace, console: Console) -> Session:
     start = start_of(arguments, shape_of(arguments, model.shape, model.multiple()), model.stage.conditioner)
     adapters = add_adapters(model, arguments.lora)
     for added in adapters:
-        if added.warning:
-            warn(console, added.warning)
+        for warning in added.warnings:
+            warn(console, warning)
         if added.trigger_words:
             say(console, f"trigger words of {added.path.name}: {', '.join(added.trigger_words)}")
     model.stage.to(device).eval()
