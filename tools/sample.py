@@ -131,6 +131,11 @@ def again(arguments: argparse.Namespace, console: Console) -> int:
         raise ValueError(
             f"{path} does not say how it was made, or is damaged; allowed are whole images of this tool; change --again"
         )
+    if wrong := sampling_settings.misfits(settings, path):
+        raise ValueError(
+            f"{path} says {', '.join(wrong)} otherwise than this tool does, or not at all; allowed are images of this "
+            "tool as it wrote them; change --again"
+        )
     made, original = settings[sampling_settings.MADE], sampling_settings.pixels_of(path)
     folder = arguments.output or path.absolute().parent / "again"
     if (folder / path.name).resolve() == path.resolve():
@@ -141,7 +146,10 @@ def again(arguments: argparse.Namespace, console: Console) -> int:
     options = [*sampling_settings.command_of(settings), f"--output={folder}"]
     options += [f"--device={made['device'] if made['device'] in devices() else arguments.device}"]
     options += [] if arguments.checkpoint is None else [f"--checkpoint={arguments.checkpoint}"]
-    own = parse(options)
+    try:
+        own = parse(options)
+    except SystemExit as error:  # the parser has said which
+        raise ValueError(f"{path} has a setting that is no option; allowed are those above; change --again") from error
     check_output(folder)
     session = prepare(own, console)
     (request,) = session.requests
