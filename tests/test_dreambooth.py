@@ -21,6 +21,11 @@ from .test_pages import ROOT, starting_with
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "ImageTextDataModule", "global_step")
 
 
+def test_the_evaluation_of_demo_lora_s_flags_is_not_inherited():
+    cfg = composed("experiment=demo_dreambooth", "data.mixture.instance_dir=few")
+    assert cfg.callbacks.samples is None
+
+
 @pytest.fixture
 def photos(tmp_path):
     """The eight images that the README unpacks."""
