@@ -9,7 +9,6 @@ process takes a group that nobody holds the lock of; locks of processes that die
 either how processes are started, or whether they know of each other yet.
 """
 
-import fcntl
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ldm_train.batch import WantedImages
 from ldm_train.checkpoint import atomic_write, digest
+from ldm_train.locking import take_flock
 from ldm_train.stages.latent_diffusion import LatentDiffusion
 from ldm_train.stages.lora import OF_TRAINING, LoRAFineTuning
 from ldm_train.stages.prompts import Request, images_of, refuse_if_cut, save_image
@@ -92,9 +92,10 @@ def _make(stage: LatentDiffusion, group: _Group, wait: bool) -> int:
         return 0
     with group.lock.open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return 0
+            if not take_flock(lock.fileno(), wait):
+                return 0
+        except OSError as error:  # some file servers have no locks
+            _log.warning("%s cannot be locked (%s): other processes may make the same images", group.lock, error)
         if not (missing := group.missing()):
             return 0
         wanted = group.wanted

@@ -1,5 +1,6 @@
 """Class images follow from the base model, the prompt and their number alone; what is there is kept."""
 
+import errno
 import multiprocessing
 
 import numpy as np
@@ -95,6 +96,19 @@ def test_processes_share_the_work_and_change_nothing(stage, wanted, tmp_path):
         process.join()
     assert sum(counts) == 20
     assert pictures(wanted) == pictures(alone)
+
+
+def test_without_locks_they_are_made_all_the_same(stage, wanted, tmp_path, monkeypatch, caplog):
+    make_class_images(stage, wanted, CPU, KEY)
+
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    without = wanted._replace(folder=str(tmp_path / "without"))
+    assert make_class_images(stage, without, CPU, KEY) == 20
+    assert "00000.lock cannot be locked" in caplog.text
+    assert pictures(without) == pictures(wanted)
 
 
 def test_adapters_and_modes_are_as_before(stage, wanted, tmp_path):
