@@ -26,6 +26,26 @@ class LockHeldError(ValueError):
     """Another process holds the lock; the message says which one."""
 
 
+def take_flock(descriptor: int, wait: bool) -> bool:
+    """Take the lock that threads and processes exclude each other by (`flock`); closing the file gives it back.
+
+    Args:
+        descriptor: of the open file.
+        wait: until whoever holds it gives it back.
+
+    Returns:
+        False, unless told to wait, if another holds it.
+
+    Raises:
+        OSError: if the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
 def sole_writer(path: Path, key: str, patience: float = 10.0) -> Iterator[None]:
     """Hold the lock of a file for the context.

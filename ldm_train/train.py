@@ -70,6 +70,8 @@ def train(cfg: DictConfig) -> float | None:
     run = build(cfg, callbacks=(RunRecord(config),))
     with listening(run.trainer), _own_directory(run_dir, run.trainer):
         with _refusals():
+            if cfg.task == "fit":
+                run.stage.configure_optimizers()  # a curve that does not fit is refused before images are made
             _complete_folders(run)
             _ = run.data.train_index, run.data.val_index  # type: ignore[attr-defined]  # finds the shards, or does not
             run.stage.check_data(run.data.latent_facts)  # type: ignore[attr-defined, operator]
@@ -87,9 +89,13 @@ def train(cfg: DictConfig) -> float | None:
 def _complete_folders(run: Run) -> None:
     """Let the model make the images that are still missing, and see that it can read the prompts of folders."""
     options = run.data.corpus.options  # type: ignore[attr-defined]
-    for folder in folders_of(options.shards, options.mixture):
+    folders = folders_of(options.shards, options.mixture)
+    for folder in folders:
         if folder.prompt is not None and isinstance(run.stage, LatentDiffusion):
             refuse_if_cut(run.stage.conditioner, folder.prompt, f"`{folder.prompt_key}`")
+        if folder.wanted is None:
+            _ = folder.path  # reads it: what cannot be used is refused before images are made
+    for folder in folders:
         if folder.wanted is not None:
             make_class_images(run.stage, folder.wanted, run.trainer.strategy.root_device, folder.prompt_key)
 

@@ -99,6 +99,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_writers_of_one_process_number_do_not_meet(tmp_path):
+    """As those of two containers are that share a folder."""
+    path = tmp_path / "f"
+    with atomic_write(path) as one:
+        one.write_text("one")
+        with atomic_write(path) as two:
+            two.write_text("two")
+        assert (one.read_text(), path.read_text()) == ("one", "two")
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.slow
 def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
     """SIGKILL while one file is rewritten over and over: whatever is found under its name is complete."""

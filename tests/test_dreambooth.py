@@ -21,6 +21,11 @@ from .test_pages import ROOT, starting_with
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "ImageTextDataModule", "global_step")
 
 
+def test_the_evaluation_of_demo_lora_s_flags_is_not_inherited():
+    cfg = composed("experiment=demo_dreambooth", "data.mixture.instance_dir=few")
+    assert cfg.callbacks.samples is None
+
+
 @pytest.fixture
 def photos(tmp_path):
     """The eight images that the README unpacks."""
@@ -116,11 +121,15 @@ def test_a_captioned_folder_trains_without_a_class(overrides, photos, tmp_path):
         ("data.mixture.class_prompt=a zwx", r"allowed are captions without the trigger 'zwx'"),
         (f"data.mixture.instance_prompt={'long ' * 30}", r"would not see .*shorten `data.mixture.instance_prompt`"),
         ("data.mixture.prior_weight=0.5", r"2 images would have \[1, 1\].*change `data.mixture_block`"),
+        ("data.mixture.prior_weight=nan", r"prior_weight is nan; allowed are finite weights above 0"),
+        ("data.mixture.class_prompt=''", r"`data.mixture.class_prompt` is ''; allowed are words"),
+        ("lr_scheduler.warmup_steps=9", r"warmup_steps 9; allowed are more steps.*`lr_scheduler.warmup_steps`"),
     ],
 )
-def test_refusals_come_before_any_step_and_name_the_key(overrides, tmp_path, override, message):
+def test_refusals_come_before_any_image_or_step_and_name_the_key(overrides, tmp_path, override, message):
     with pytest.raises(ConfigError, match=rf"(?s){message}"):
         run(overrides, tmp_path, "default", override)
+    assert not (tmp_path / "demo_dreambooth/default/class_images").exists()
     assert not (tmp_path / "demo_dreambooth/default/checkpoints").exists()
 
 

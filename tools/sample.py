@@ -18,6 +18,7 @@ how it was made; `grid.png` shows the first 64 with their prompts. The same comm
 """
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -79,8 +80,8 @@ def prepare(arguments: argparse.Namespace, console: Console) -> Session:
     start = start_of(arguments, shape_of(arguments, model.shape, model.multiple()), model.stage.conditioner)
     adapters = add_adapters(model, arguments.lora)
     for added in adapters:
-        if added.warning:
-            warn(console, added.warning)
+        for warning in added.warnings:
+            warn(console, warning)
         if added.trigger_words:
             say(console, f"trigger words of {added.path.name}: {', '.join(added.trigger_words)}")
     model.stage.to(device).eval()
@@ -95,6 +96,7 @@ def sample(arguments: argparse.Namespace, console: Console) -> int:
         FileNotFoundError: if a file that it names is not there.
     """
     share, folder = Share.of(arguments), arguments.output
+    check_output(folder)
     session = prepare(arguments, console)
     own = share.own(session.requests)
     left = own if arguments.overwrite else pending(own, session.shared, folder)
@@ -122,15 +124,33 @@ def again(arguments: argparse.Namespace, console: Console) -> int:
         FileNotFoundError: if a file is not there.
     """
     path: Path = arguments.again
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no image at {path}; allowed are images of this tool; change --again")
     settings = sampling_settings.read(path)
-    if settings is None:
-        raise ValueError(f"{path} does not say how it was made; allowed are images of this tool; change --again")
-    made = settings[sampling_settings.MADE]
+    if settings is None or not sampling_settings.is_whole(path):
+        raise ValueError(
+            f"{path} does not say how it was made, or is damaged; allowed are whole images of this tool; change --again"
+        )
+    if wrong := sampling_settings.misfits(settings, path):
+        raise ValueError(
+            f"{path} says {', '.join(wrong)} otherwise than this tool does, or not at all; allowed are images of this "
+            "tool as it wrote them; change --again"
+        )
+    made, original = settings[sampling_settings.MADE], sampling_settings.pixels_of(path)
     folder = arguments.output or path.absolute().parent / "again"
+    if (folder / path.name).resolve() == path.resolve():
+        raise ValueError(
+            f"the image would be made over {path}, which it is compared with; allowed is any other folder; change "
+            "--output"
+        )
     options = [*sampling_settings.command_of(settings), f"--output={folder}"]
     options += [f"--device={made['device'] if made['device'] in devices() else arguments.device}"]
     options += [] if arguments.checkpoint is None else [f"--checkpoint={arguments.checkpoint}"]
-    own = parse(options)
+    try:
+        own = parse(options)
+    except SystemExit as error:  # the parser has said which
+        raise ValueError(f"{path} has a setting that is no option; allowed are those above; change --again") from error
+    check_output(folder)
     session = prepare(own, console)
     (request,) = session.requests
     if changed := sampling_settings.differing(settings, sampling_settings.settings_of(request, session.shared)):
@@ -142,11 +162,19 @@ def again(arguments: argparse.Namespace, console: Console) -> int:
     pixels = generate_batch(stage, session.start, copies, own.precision)[made["row"]]
     picture = Picture(request, pixels, made["row"], made["batch"])
     sampling_settings.save(picture, own.output / path.name, session.shared, stage.device)
-    difference = (pixels.int() - sampling_settings.pixels_of(path).int()).abs()
+    difference = (pixels.int() - original.int()).abs()
     differing, largest = int(difference.amax(0).count_nonzero()), int(difference.max())
     same = "the same, bit for bit" if not differing else f"{differing} pixels differ, by {largest} of 255 at most"
     say(console, f"{own.output / path.name}: {same}")
     return int(differing > 0)
+
+
+def check_output(folder: Path) -> None:
+    """Raises ValueError if nothing can be written into a folder; it is made when the first image is."""
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        state = "cannot be written to" if place.is_dir() else "is no folder"
+        raise ValueError(f"{place} {state}; allowed is a folder, which need not be there yet; change --output")
 
 
 def device_of(name: str) -> torch.device:
@@ -171,6 +199,13 @@ def warn(console: Console, text: str) -> None:
     console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
+def finite(text: str) -> float:
+    """An option's number."""
+    if not math.isfinite(number := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is given; allowed: finite numbers")
+    return number
+
+
 def positive(text: str) -> int:
     """An option's whole number, at least 1."""
     if (number := int(text)) < 1:
@@ -184,9 +219,10 @@ def weighted(text: str) -> tuple[Path, float]:
     if not equals or Path(text).exists():
         return Path(text), 1.0
     try:
-        return Path(path), float(weight)
+        float(weight)
     except ValueError:
         return Path(text), 1.0
+    return Path(path), finite(weight)
 
 
 def seeds(text: str) -> list[int]:
@@ -243,7 +279,7 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     add("--width", type=positive, help="in pixels, where images are not square")
     add("--height", type=positive, help="likewise")
     add("--image", type=Path, help="a picture to begin with")
-    add("--strength", type=float, help="how much of it is given up, up to 1 (default: 0.6, with --mask 1)")
+    add("--strength", type=finite, help="how much of it is given up, up to 1 (default: 0.6, with --mask 1)")
     add("--mask", type=Path, help="a picture that is white where something new is wanted; all else stays")
     add("--segmentation", type=Path, help="a PNG of one channel with a class for each pixel, for models of such maps")
 
@@ -253,8 +289,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sampling (default: as in the run's config)").add_argument
     add("--sampler", choices=list(SAMPLERS))
     add("--steps", type=positive, help="denoising steps")
-    add("--guidance", type=float, help="classifier-free guidance scale, 1 is none")
-    add("--eta", type=float, help="0 DDIM to 1 ancestral")
+    add("--guidance", type=finite, help="classifier-free guidance scale, 1 is none")
+    add("--eta", type=finite, help="0 DDIM to 1 ancestral")
 
 
 def add_work_options(parser: argparse.ArgumentParser) -> None:
@@ -285,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         return run(arguments, console)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
 

@@ -24,7 +24,12 @@ _NOT_IN_COMMON = ("prompt", "seed", sampling_settings.FIELD, sampling_settings.P
 
 
 def is_made(request: Request, shared: Mapping[str, Any], folder: Path) -> bool:
-    """Whether an image is there, with these settings."""
+    """Whether an image is there, whole, with these settings."""
+    return _is_of(request, shared, folder) and sampling_settings.is_whole(folder / request.name)
+
+
+def _is_of(request: Request, shared: Mapping[str, Any], folder: Path) -> bool:
+    """Whether an image is there, perhaps in part, with these settings."""
     path = folder / request.name
     if not path.is_file():
         return False
@@ -39,7 +44,8 @@ def pending(requests: Sequence[Request], shared: Mapping[str, Any], folder: Path
         ValueError: if another image has the name of one of them.
     """
     left = [request for request in requests if not is_made(request, shared, folder)]
-    if others := [request.name for request in left if (folder / request.name).exists()]:
+    there = [request for request in left if (folder / request.name).exists()]
+    if others := [request.name for request in there if not _is_of(request, shared, folder)]:
         raise ValueError(
             f"{folder} holds {len(others)} images of other settings, the first is {others[0]}; allowed are none, and "
             "those of this command, which are kept; change --output, or replace them with --overwrite"

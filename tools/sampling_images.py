@@ -161,6 +161,8 @@ def read_picture(path: Path, shape: Shape, option: str) -> Tensor:
     """
     try:
         pixels = decode_rgb(_content(path, option), max_pixels=MAX_PIXELS)
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); allowed is a picture; change {option}") from error
     return to_signed_unit(resize(cut(pixels, covering_box(Shape(*pixels.shape[-2:]), shape)), shape))
@@ -177,6 +179,8 @@ def read_classes(path: Path, shape: Shape, num_classes: int) -> Tensor:
     try:
         with Image.open(BytesIO(_content(path, option))) as image:
             mode, values = image.mode, np.asarray(image)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error}); allowed is a PNG; change {option}") from error
     if values.ndim != 2:

@@ -233,14 +233,14 @@ class AddedAdapters:
         weight: how much of them is added; 0 none, 1 as trained.
         sha256: of the file.
         trigger_words: words of the captions they were trained with.
-        warning: why they may not suit the model; `None` if nothing speaks against them.
+        warnings: why they may not suit the model, or were read with a guess.
     """
 
     path: Path
     weight: float
     sha256: str
     trigger_words: tuple[str, ...]
-    warning: str | None
+    warnings: tuple[str, ...]
 
 
 def add_adapters(model: Model, wanted: Sequence[tuple[Path, float]]) -> list[AddedAdapters]:
@@ -261,12 +261,16 @@ def add_adapters(model: Model, wanted: Sequence[tuple[Path, float]]) -> list[Add
             raise ValueError(f"--lora {path} does not fit the model of --checkpoint: {error}") from error
         except FileNotFoundError as error:
             raise FileNotFoundError(f"no adapters for --lora: {error}") from error
-        trained_on = file.metadata.base_digest
-        warning = None
-        if trained_on != own:
-            where = f"on the U-Net {trained_on[:12]}" if trained_on else "on a U-Net it does not name"
-            warning = f"{path} was trained {where}, this one is {own[:12]}: the pictures may be poor"
-        added.append(AddedAdapters(path, weight, file_digest(path), file.metadata.trigger_words, warning))
+        warnings = []
+        if (trained_on := file.metadata.base_digest) and trained_on != own:  # files of others name none
+            warnings += [
+                f"{path} was trained on the U-Net {trained_on[:12]}, this one is {own[:12]}: the pictures may be poor"
+            ]
+        if file.assumed_scales:
+            warnings += [
+                f"{path}: {file.assumed_scales} adapters say no alpha; it is taken for their rank, a scale of 1"
+            ]
+        added.append(AddedAdapters(path, weight, file_digest(path), file.metadata.trigger_words, tuple(warnings)))
     return added
 
 

@@ -32,6 +32,7 @@ from ldm_train.stages import refuse_if_cut
 Item = TypeVar("Item")
 KEYS: dict[str, type] = {"prompt": str, "negative": str, "seed": int, "count": int, "label": int}
 """Of a line of JSON, and their types."""
+_SEEDS = 1 << 63
 
 
 class Line(NamedTuple):
@@ -108,7 +109,7 @@ def requests_of(arguments: Namespace) -> list[Request]:
     """All images that the command line asks for, of all processes.
 
     Raises:
-        ValueError: if the file of prompts cannot be used.
+        ValueError: if the file of prompts cannot be used, or a seed has more than 64 bits.
     """
     plain = [*arguments.prompt] or ([""] if arguments.label and arguments.prompts_file is None else [])
     labels = arguments.label or [None]
@@ -118,7 +119,13 @@ def requests_of(arguments: Namespace) -> list[Request]:
         for line in read_prompts(arguments.prompts_file)
         for label in ([line.label] if line.label is not None else labels)
     ]
-    return list(_numbered(lines, arguments))
+    requests = list(_numbered(lines, arguments))
+    if others := [request.seed for request in requests if not -_SEEDS <= request.seed < _SEEDS]:
+        raise ValueError(
+            f"the seed of an image is {others[0]}; allowed are {-_SEEDS} to {_SEEDS - 1}; change --seed, --seeds or "
+            "--prompts-file"
+        )
+    return requests
 
 
 def _numbered(lines: Sequence[Line], arguments: Namespace) -> Iterator[Request]:

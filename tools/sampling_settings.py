@@ -17,7 +17,7 @@ the same machine with as many threads.
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,24 @@ SHOWN_DIGITS = 10
 
 _PLACES = (MADE, "file", "checkpoint", "title")
 _TOLD = ("unet", "autoencoder", "schedule", "override", "prediction", "scale_factor", "raw")
+_NUMBER, _NOTHING = (int, float), type(None)
+_FILE = {"file": str, "sha256": str}
+_FORM: dict[str, Any] = {
+    "prompt": str,
+    "negative": (str, _NOTHING),
+    "seed": int,
+    "label": (int, _NOTHING),
+    "model": {"checkpoint": str, "title": str, "sha256": str, "told": {}},
+    "lora": [_FILE | {"weight": _NUMBER}],
+    "height": int,
+    "width": int,
+    "sampler": {"kind": str, "steps": int, "eta": (*_NUMBER, _NOTHING)},
+    "guidance": {"scale": _NUMBER},
+    "precision": str,
+    "strength": (*_NUMBER, _NOTHING),
+    MADE: {"row": int, "batch": int, "device": str},
+}
+"""What `command_of` and --again rely on."""
 
 
 def shared_settings(
@@ -159,9 +177,19 @@ def read(path: Path) -> dict[str, Any] | None:
     try:
         with Image.open(path) as image:
             found = json.loads(image.info.get(FIELD, "null"))
-    except (UnidentifiedImageError, ValueError):
+    except (UnidentifiedImageError, Image.DecompressionBombError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and found.get("version") == VERSION else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an image has all its pixels: one that was cut off still has its text fields."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises on damage
+        return False
+    return True
 
 
 def pixels_of(path: Path) -> Tensor:
@@ -169,6 +197,31 @@ def pixels_of(path: Path) -> Tensor:
     with Image.open(path) as image:
         rgb = image.convert("RGB")
     return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3).permute(2, 0, 1)
+
+
+def misfits(settings: Mapping[str, Any], path: Path) -> list[str]:
+    """What settings that anybody may have written lack, or have in another form than this tool writes; of an image."""
+    pictures = {key: _FILE for key in ("image", "mask", "segmentation") if settings.get(key) is not None}
+    if wrong := list(_misfits(settings, _FORM | pictures, "")):
+        return wrong
+    told, made = settings["model"]["told"], settings[MADE]
+    forms = dict.fromkeys(_TOLD, (str, *_NUMBER)) | {"override": [str]}
+    wrong += [f"model.told.{key}" for key in told if key not in forms]
+    wrong += [name for key in told.keys() & forms.keys() - {"raw"} for name in _misfits(told[key], forms[key], key)]
+    wrong += [] if 0 <= made["row"] < made["batch"] else [f"{MADE}.row"]
+    with Image.open(path) as image:
+        return wrong + ([] if image.size == (settings["width"], settings["height"]) else ["width and height"])
+
+
+def _misfits(found: object, form: Any, name: str) -> Iterator[str]:  # noqa: ANN401
+    if isinstance(form, dict) and isinstance(found, Mapping):
+        for key, part in form.items():
+            yield from _misfits(found.get(key), part, f"{name}.{key}".removeprefix("."))
+    elif isinstance(form, list) and isinstance(found, list):
+        for entry in found:
+            yield from _misfits(entry, form[0], name)
+    elif isinstance(form, dict | list) or isinstance(found, bool) or not isinstance(found, form):
+        yield name
 
 
 def command_of(settings: Mapping[str, Any]) -> list[str]:
@@ -193,7 +246,7 @@ def command_of(settings: Mapping[str, Any]) -> list[str]:
         "strength": settings["strength"],
     }
     single |= {key: value for key, value in told.items() if key not in ("override", "raw")}
-    single |= {key: settings[key]["file"] for key in ("image", "mask", "segmentation") if settings[key] is not None}
+    single |= {key: settings[key]["file"] for key in ("image", "mask", "segmentation") if settings.get(key) is not None}
     options = [f"--{key.replace('_', '-')}={value}" for key, value in single.items() if value is not None]
     options += [f"--override={text}" for text in told.get("override", [])]
     options += [f"--lora={entry['file']}={entry['weight']!r}" for entry in settings["lora"]]

@@ -22,7 +22,7 @@ from ldm_train.data.crops import Shape
 from ldm_train.data.filters import Filter
 from ldm_train.data.index import Damage, ShardIndex, build_index
 from ldm_train.data.locations import expand_shards, shown
-from ldm_train.data.mixed_order import LARGE_BLOCK, MixedOrder
+from ldm_train.data.mixed_order import LARGE_BLOCK, MixedOrder, exact_shares
 from ldm_train.data.order import Order, ShuffledOrder
 from ldm_train.data.shard_cache import ShardCache
 from ldm_train.data.storage import LOCAL_FILES, Routed, Storage
@@ -103,6 +103,7 @@ class CorpusOptions:
         for name, source in self.mixture.items():
             is_whole = isinstance(source, Mapping) and set(source) == {"shards", "weight"}
             check(is_whole, f"mixture.{name}", source, "of the form {shards: ..., weight: ...}")
+        exact_shares([float(source["weight"]) for source in self.mixture.values()], self.mixture_block or LARGE_BLOCK)
 
 
 @dataclass(frozen=True, eq=False)

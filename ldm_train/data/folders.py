@@ -47,6 +47,9 @@ class FolderShards(Sequence[str]):
         key: the config key that names the folder.
         prompt_key: the config key of the prompt.
         wanted: what a model puts into the folder before anybody looks; of more images the first so many are taken.
+
+    Raises:
+        ValueError: if the prompt or the trigger is empty.
     """
 
     def __init__(
@@ -61,6 +64,9 @@ class FolderShards(Sequence[str]):
     ) -> None:
         self.folder, self.directory = Path(folder).expanduser(), Path(directory)
         self.trigger, self.key, self.prompt_key, self.wanted = trigger, key, prompt_key, wanted
+        for name, text in ((prompt_key, prompt), (f"{prompt_key.rpartition('.')[0]}.trigger", trigger)):
+            if text is not None and not text.strip():
+                raise ValueError(f"`{name}` is {text!r}; allowed are words, and null for none; change `{name}`")
         self.prompt = None if prompt is None else self._with_trigger(prompt.strip())
 
     def __len__(self) -> int:

@@ -13,7 +13,6 @@ of any list of shards in the directory is copied from there and not scanned. A f
 its shape is not believed: the index is built anew, said aloud.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -35,6 +34,7 @@ from ldm_train.data.locations import is_url, lasting, shown
 from ldm_train.data.parallel import map_in_order, tracked
 from ldm_train.data.scanning import Contents, scan
 from ldm_train.data.storage import ShardReadError, Storage, identities
+from ldm_train.locking import take_flock
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1
@@ -241,10 +241,9 @@ def locked(path: Path) -> Iterator[None]:
 
 def _lock(fd: int, path: Path) -> None:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _log.warning("waiting for another process, which makes the index and holds %s", path)
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        if not take_flock(fd, wait=False):
+            _log.warning("waiting for another process, which makes the index and holds %s", path)
+            take_flock(fd, wait=True)
     except OSError as error:  # some file servers have no locks
         raise UnwritableError(f"{path} cannot be locked: {error}") from error
 

@@ -42,6 +42,30 @@ def apportion(weights: Sequence[float], places: int) -> np.ndarray:
     return np.array(counts, dtype=np.int64)
 
 
+def exact_shares(weights: Sequence[float], block: int) -> np.ndarray:
+    """The places (K,) that data sets of weights (K,) have in each block.
+
+    Raises:
+        ValueError: if a weight is no positive number or has no place, or a small block has no exact shares.
+    """
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise ValueError(f"weights are {list(weights)}; each must be above 0 and finite: change `data.mixture`.")
+    counts = apportion(weights, block)
+    if not counts.all():
+        raise ValueError(
+            f"weights are {list(weights)}, of which the smallest has no place among {block} images. Each must be about "
+            f"1/{block} of their sum at least: change `data.mixture` or `data.mixture_block`."
+        )
+    shares = np.array(weights) / sum(weights)
+    if block < LARGE_BLOCK and np.abs(counts / block - shares).max() > _TOLERANCE:
+        raise ValueError(
+            f"weights are {list(weights)}, of which {block} images would have {counts.tolist()}. In small blocks "
+            "shares must be exact, as 2 to 1 are in 3 images or 6: change `data.mixture_block`, to null for blocks of "
+            f"{LARGE_BLOCK}, or the weights in `data.mixture`."
+        )
+    return counts
+
+
 class MixedOrder:
     """The rows of several data sets in one sequence with exact shares.
 
@@ -72,12 +96,9 @@ class MixedOrder:
                 f"{len(sources)} data sets, {len(first_rows)} first rows and {len(weights)} weights, in units of "
                 f"{units}. There must be as many of each, at least one, of one unit: change `data.mixture`."
             )
-        if not all(0 < weight < float("inf") for weight in weights):
-            raise ValueError(f"weights are {list(weights)}; each must be above 0 and finite: change `data.mixture`.")
         self.sources, self.seed, self.unit = list(sources), seed, units[0]
         self._size = self.unit or 1
-        self._block, self._counts = block, apportion(weights, block)
-        self._check_shares(weights)
+        self._block, self._counts = block, exact_shares(weights, block)
         self._first_rows = [int(row) for row in first_rows]
         total = sum(map(len, sources)) if length is None else length
         self._length = total // self._size  # in units
@@ -115,20 +136,6 @@ class MixedOrder:
             "mixture_rows": self._first_rows,
             "mixture_sources": [{"length": len(source), **source.describe()} for source in self.sources],
         }
-
-    def _check_shares(self, weights: Sequence[float]) -> None:
-        if not self._counts.all():
-            raise ValueError(
-                f"weights are {list(weights)}, of which the smallest has no place among {self._block} images. Each "
-                f"must be about 1/{self._block} of their sum at least: change `data.mixture` or `data.mixture_block`."
-            )
-        shares = np.array(weights) / sum(weights)
-        if self._block < LARGE_BLOCK and np.abs(self._counts / self._block - shares).max() > _TOLERANCE:
-            raise ValueError(
-                f"weights are {list(weights)}, of which {self._block} images would have {self._counts.tolist()}. In "
-                "small blocks shares must be exact, as 2 to 1 are in 3 images or 6: change `data.mixture_block`, to "
-                f"null for blocks of {LARGE_BLOCK}, or the weights in `data.mixture`."
-            )
 
     def _draws(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of positions (B,) the source, its own epoch, and the position in that."""

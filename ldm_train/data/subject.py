@@ -11,6 +11,7 @@ the same minimum, and the same steps of an optimizer that does not feel the scal
 an even global batch holds as many images of the subject as of its class, which is the published batch.
 """
 
+import math
 from typing import Any
 
 from ldm_train.batch import WantedImages
@@ -54,8 +55,12 @@ def subject_mixture(
     """
     if not 1 <= num_class_images <= MAX_SAMPLES_PER_SHARD:
         _refuse("num_class_images", num_class_images, f"numbers from 1 to {MAX_SAMPLES_PER_SHARD}")
-    if prior_weight <= 0.0:
-        _refuse("prior_weight", prior_weight, "weights above 0; `data.mixture.class_prompt=null` goes without a prior")
+    if not 0.0 < prior_weight < math.inf:
+        _refuse(
+            "prior_weight",
+            prior_weight,
+            "finite weights above 0; `data.mixture.class_prompt=null` goes without a prior",
+        )
     if trigger is not None and class_prompt is not None and holds(class_prompt, trigger):
         _refuse("class_prompt", repr(class_prompt), f"captions without the trigger {trigger!r}, which is the subject's")
     instance = FolderShards(
@@ -64,9 +69,7 @@ def subject_mixture(
     mixture: dict[str, dict[str, Any]] = {"instance": {"shards": instance, "weight": 1.0}}
     if class_prompt is None and class_dir is None:
         return mixture
-    wanted = None
-    if class_dir is None:
-        wanted = WantedImages(str(class_prompt), num_class_images, image_size, generated_dir)
+    wanted = WantedImages(str(class_prompt), num_class_images, image_size, generated_dir) if class_dir is None else None
     of_class = FolderShards(
         class_dir or generated_dir,
         shard_dir,

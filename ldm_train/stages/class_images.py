@@ -1,15 +1,14 @@
 """Images that the model makes of a class before it is trained on a subject (Ruiz et al. 2023, section 3.2).
 
 They are the model's own idea of the class, which prior preservation holds on to. Image i has the seed i and lies in
-`<folder>/<i>.png`, with prompt, seed and settings in its text fields. What is there is kept, so an interrupted run goes
-on, and the next one with this folder makes none.
+`<folder>/<i>.png`, with prompt, seed, digest of the base model and settings in its text fields. What is there is kept,
+so an interrupted run goes on, and the next one with this folder makes none; what was made otherwise is refused.
 
 Images are made in groups of fixed members: how many processes work, and which of them were stopped, changes none. Each
 process takes a group that nobody holds the lock of; locks of processes that died are free again. So it does not matter
 either how processes are started, or whether they know of each other yet.
 """
 
-import fcntl
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,9 +20,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from ldm_train.batch import WantedImages
-from ldm_train.checkpoint import atomic_write
+from ldm_train.checkpoint import atomic_write, digest
+from ldm_train.locking import take_flock
 from ldm_train.stages.latent_diffusion import LatentDiffusion
-from ldm_train.stages.lora import LoRAFineTuning
+from ldm_train.stages.lora import OF_TRAINING, LoRAFineTuning
 from ldm_train.stages.prompts import Request, images_of, refuse_if_cut, save_image
 
 _log = logging.getLogger(__name__)
@@ -32,11 +32,12 @@ _GROUP = 8  # images made at a time; another number would make other roundings
 
 @dataclass(frozen=True)
 class _Group:
-    """Images `begin` to `end` of those that are wanted."""
+    """Images `begin` to `end` of those that are wanted, and what makes them."""
 
     wanted: WantedImages
     begin: int
     end: int
+    settings: dict[str, str]
 
     @property
     def lock(self) -> Path:
@@ -74,7 +75,8 @@ def make_class_images(stage: L.LightningModule, wanted: WantedImages, device: to
     refuse_if_cut(stage.conditioner, wanted.prompt, f"`{key}`")
     folder = Path(wanted.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    groups = [_Group(wanted, i, min(i + _GROUP, wanted.number)) for i in range(0, wanted.number, _GROUP)]
+    settings = _settings(stage)
+    groups = [_Group(wanted, i, min(i + _GROUP, wanted.number), settings) for i in range(0, wanted.number, _GROUP)]
     _refuse_others(wanted, groups, key)
     if not (missing := sum(len(group.missing()) for group in groups)):
         return 0
@@ -90,9 +92,10 @@ def _make(stage: LatentDiffusion, group: _Group, wait: bool) -> int:
         return 0
     with group.lock.open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return 0
+            if not take_flock(lock.fileno(), wait):
+                return 0
+        except OSError as error:  # some file servers have no locks
+            _log.warning("%s cannot be locked (%s): other processes may make the same images", group.lock, error)
         if not (missing := group.missing()):
             return 0
         wanted = group.wanted
@@ -100,34 +103,50 @@ def _make(stage: LatentDiffusion, group: _Group, wait: bool) -> int:
         for i, image in enumerate(images_of(stage, wanted.size, requests, _GROUP), start=group.begin):
             if i in missing:
                 with atomic_write(group.path(i)) as temporary:
-                    save_image(image, temporary, {"prompt": wanted.prompt, "seed": i, **_settings(stage)})
+                    save_image(image, temporary, {"prompt": wanted.prompt, "seed": i, **group.settings})
         group.lock.unlink(missing_ok=True)
         return len(missing)
 
 
-def _settings(stage: LatentDiffusion) -> dict[str, object]:
-    settings = {"sampler": type(stage.sampler).__name__, "steps": stage.sampler.num_steps}
-    return settings | {"guidance": stage.guidance.scale}
+def _settings(stage: LatentDiffusion) -> dict[str, str]:
+    """What decides the images beside prompt, size and seed, as it stands in their text fields."""
+    base = stage.base_digest if isinstance(stage, LoRAFineTuning) else digest(stage, without=OF_TRAINING)
+    sampler = stage.sampler
+    settings = {"base": base, "sampler": type(sampler).__name__, "steps": sampler.num_steps}
+    return {name: str(value) for name, value in (settings | {"guidance": stage.guidance.scale}).items()}
 
 
 def _refuse_others(wanted: WantedImages, groups: list[_Group], key: str) -> None:
-    """Refuse a folder with images of another prompt or size: to mix them would mean nothing."""
+    """Refuse a folder with images of another prompt, size or making: to mix them would mean nothing."""
     for group in groups:
-        for i in set(range(group.begin, group.end)) - {*group.missing()}:
+        for i in sorted(set(range(group.begin, group.end)) - {*group.missing()}):
+            path = group.path(i)
             try:
-                with Image.open(group.path(i)) as image:
-                    prompt, size = image.info.get("prompt"), image.size
+                with Image.open(path) as image:
+                    info, size = image.info, image.size
             except (UnidentifiedImageError, OSError) as error:
                 raise ValueError(
-                    f"{group.path(i)} cannot be read ({error}); allowed are the images that a run has made there; "
-                    "remove it, and it is made again"
+                    f"{path} cannot be read ({error}); allowed are the images that a run has made there; remove it, "
+                    "and it is made again"
                 ) from error
-            if (prompt, size) != (wanted.prompt, (wanted.size, wanted.size)):
+            if (info.get("prompt"), size) != (wanted.prompt, (wanted.size, wanted.size)):
                 raise ValueError(
-                    f"{group.path(i)} shows {prompt!r} at {size[0]} x {size[1]}, and {wanted.prompt!r} at "
+                    f"{path} shows {info.get('prompt')!r} at {size[0]} x {size[1]}, and {wanted.prompt!r} at "
                     f"{wanted.size} x {wanted.size} is wanted; allowed is one kind in a folder; change `{key}`, "
                     "remove the folder, or take another `run_id`"
                 )
+            if other := {name: value for name, value in group.settings.items() if info.get(name) != value}:
+                found = ", ".join(f"{name} {_shown(info.get(name))}" for name in other)
+                now = ", ".join(f"{name} {_shown(value)}" for name, value in other.items())
+                raise ValueError(
+                    f"{path} was made with {found}, and this run has {now}; allowed are images of one base model, made "
+                    f"in one way; remove the folder {wanted.folder}, change `data.mixture.generated_dir`, or bring "
+                    "back the model or the settings"
+                )
+
+
+def _shown(value: object) -> str:
+    return "unknown" if value is None else str(value)[:12]
 
 
 @contextmanager

@@ -108,6 +108,14 @@ def test_many_processes_make_it_once(folder, tmp_path):
     assert (len(members), damage) == (3 * 8, [])
 
 
+@pytest.mark.parametrize("text", ["", " "])
+def test_empty_words_are_refused(folder, tmp_path, text):
+    with pytest.raises(ValueError, match=r"allowed are words, and null for none; change `data.shards.prompt`"):
+        shards(folder, tmp_path, prompt=text, trigger="zwx")
+    with pytest.raises(ValueError, match=r"allowed are words, and null for none; change `data.shards.trigger`"):
+        shards(folder, tmp_path, trigger=text)
+
+
 def test_the_trigger_is_put_where_it_is_missing(folder, tmp_path):
     found = captions_of(shards(folder, tmp_path, prompt="a photo of a dog", trigger="zwx"))
     assert found == ["a zwx dog on a chair", "zwx, a dog", *["zwx, a photo of a dog"] * 6]

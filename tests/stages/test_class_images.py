@@ -1,5 +1,6 @@
 """Class images follow from the base model, the prompt and their number alone; what is there is kept."""
 
+import errno
 import multiprocessing
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from ldm_train.batch import WantedImages
+from ldm_train.diffusion import ClassifierFreeGuidance, DDIMSampler, DDPMSampler
 from ldm_train.stages import AutoencoderStage, LoRAFineTuning, make_class_images
 from ldm_train.stages import class_images as module
 
@@ -96,6 +98,19 @@ def test_processes_share_the_work_and_change_nothing(stage, wanted, tmp_path):
     assert pictures(wanted) == pictures(alone)
 
 
+def test_without_locks_they_are_made_all_the_same(stage, wanted, tmp_path, monkeypatch, caplog):
+    make_class_images(stage, wanted, CPU, KEY)
+
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    without = wanted._replace(folder=str(tmp_path / "without"))
+    assert make_class_images(stage, without, CPU, KEY) == 20
+    assert "00000.lock cannot be locked" in caplog.text
+    assert pictures(without) == pictures(wanted)
+
+
 def test_adapters_and_modes_are_as_before(stage, wanted, tmp_path):
     content = {"state_dict": stage.state_dict()}
     stage.on_save_checkpoint(content)
@@ -116,6 +131,23 @@ def test_the_run_s_own_random_numbers_are_left_alone(stage, wanted):
     before = torch.random.get_rng_state()
     make_class_images(stage, wanted, CPU, KEY)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("changed", ["base", "sampler", "steps", "guidance"])
+def test_images_that_were_made_otherwise_are_refused(stage, wanted, changed):
+    make_class_images(stage, wanted._replace(number=2), CPU, KEY)
+    before = pictures(wanted)
+    if changed == "base":
+        with torch.no_grad():
+            next(stage.denoiser.network.parameters()).add_(1.0)
+    elif changed == "guidance":
+        stage.guidance = ClassifierFreeGuidance(3.0)
+    else:
+        stage.sampler = DDPMSampler(4) if changed == "sampler" else DDIMSampler(5)
+    message = rf"00000.png was made with {changed} \w+.*, and this run has {changed} .*; allowed are images of one base"
+    with pytest.raises(ValueError, match=rf"{message}.*folder {wanted.folder}, change `data.mixture.generated_dir`"):
+        make_class_images(stage, wanted, CPU, KEY)
+    assert pictures(wanted) == before
 
 
 def test_refusals_name_the_key(stage, wanted):

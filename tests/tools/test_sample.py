@@ -109,7 +109,8 @@ def test_an_image_is_kept_where_the_mask_is_black_and_the_more_the_lower_the_str
     ("options", "message"),
     [
         (["--mask", "mask.png"], "give --image"),
-        (["--image", "absent.png"], "no picture at absent.png"),
+        (["--image", "absent.png"], "error: no picture at absent.png; allowed is a file; change --image"),
+        (["--seed", "1" + 20 * "0"], "seed of an image is 100000000000000000000; allowed are -92"),
         (["--sampler", "euler", "--eta", "0.5"], "allowed with --sampler ddim"),
     ],
 )
@@ -156,6 +157,22 @@ def test_what_cannot_be_used_is_named_with_what_can(tiny_runs, tmp_path, capsys)
         assert "allowed" in message or "--" in message, options
         assert key in message, options
         assert not list(tmp_path.glob("out/*.png")), options
+
+
+def test_an_output_that_cannot_be_is_refused_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
+        given = ["--checkpoint", tmp_path / "none.ckpt", "--prompt", "a", "--output", output]
+        assert run(*given) == 2
+        message = f"{tmp_path / 'file'} is no folder; allowed is a folder, which need not be there yet; change --output"
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--guidance", "nan"], ["--guidance", "inf"], ["--lora", "file=nan"]])
+def test_numbers_are_finite(options, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse(["--checkpoint", "x.ckpt", "--prompt", "a", *options])
+    assert "allowed: finite numbers" in capsys.readouterr().err
 
 
 def test_a_prompt_is_needed(capsys):

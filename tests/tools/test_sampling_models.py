@@ -9,7 +9,7 @@ from convert_model import Source, read_model, write_model
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ldm_train.interchange import AdapterBase, AdapterMetadata, TextShape, read_adapters, write_adapters
 from ldm_train.interchange.adapter_names import layers_of
@@ -200,6 +200,17 @@ def test_adapters_of_another_base_are_named(draw, strong, tmp_path, capsys):
     assert "was trained on the U-Net 0123456789ab" in capsys.readouterr().err
     draw("own", "--lora", strong, prompts=PROMPTS[:1])
     assert "was trained on" not in capsys.readouterr().err
+
+
+def test_adapters_that_name_no_base_are_warned_of_only_for_what_was_guessed(draw, strong, tmp_path, capsys):
+    file, path = read_adapters(strong), tmp_path / "downloaded.safetensors"
+    write_adapters(path, file.adapters, replace(file.metadata, base_digest=None), "kohya")
+    draw("whole", "--lora", path, prompts=PROMPTS[:1])
+    assert "warning" not in capsys.readouterr().err
+    save_file({name: value for name, value in load_file(path).items() if not name.endswith(".alpha")}, path)
+    draw("without", "--lora", path, prompts=PROMPTS[:1])
+    guessed = f"{path}: {len(file.adapters)} adapters say no alpha; it is taken for their rank, a scale of 1"
+    assert guessed in capsys.readouterr().err
 
 
 def test_adapters_of_other_layers_are_refused(tiny_runs, tmp_path, capsys):

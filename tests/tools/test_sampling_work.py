@@ -16,6 +16,16 @@ from torch import nn
 
 from tests.tools.drawn import PROMPTS, adapters, checkpoint, fields, pixels, run
 
+SETTINGS = {
+    "version": sampling_settings.VERSION,
+    **{"prompt": "a", "negative": None, "seed": 0, "label": None},
+    "model": {"checkpoint": "none.ckpt", "title": "none", "sha256": "", "told": {}},
+    **{"lora": [], "height": 32, "width": 32, "sampler": {"kind": "ddim", "steps": 2, "eta": 0.0}},
+    **{"guidance": {"scale": 2.0}, "precision": "float32", "strength": None},
+    **{"image": None, "mask": None, "segmentation": None, "made": {"row": 0, "batch": 1, "device": "cpu"}},
+}
+"""Of an image of 32 x 32 pixels, as far as `--again` relies on them."""
+
 
 def lines(path, *entries):
     path.write_text("\n".join(json.dumps(entry) for entry in entries), encoding="utf-8")
@@ -87,6 +97,15 @@ class TestGoingOn:
         given = ["--checkpoint", checkpoint(tiny_runs), "--prompt", PROMPTS[0], "--steps", 2]
         assert run(*given, "--output", folder) == 2
         assert "--overwrite" in capsys.readouterr().err
+
+    def test_an_image_that_was_cut_off_is_made_again(self, draw, capsys):
+        folder = draw("out", prompts=PROMPTS[:1])
+        whole = (folder / "00000.png").read_bytes()
+        (folder / "00000.png").write_bytes(whole[:-200])
+        assert run("--again", folder / "00000.png") == 2
+        assert "or is damaged" in capsys.readouterr().err
+        draw("out", prompts=PROMPTS[:1])
+        assert (folder / "00000.png").read_bytes() == whole
 
     def test_the_sheet_can_be_drawn_later(self, draw):
         folder = draw("out")
@@ -190,6 +209,43 @@ class TestSettings:
         other.save(folder / "00000.png", pnginfo=text)
         assert run("--again", folder / "00000.png") == 1
         assert "1 pixels differ" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda x: x.pop("made"), "says made otherwise than this tool does, or not at all; allowed are"),
+            (lambda x: x["made"].update(row=1), "says made.row otherwise"),
+            (lambda x: x["made"].update(row=-1), "says made.row otherwise"),
+            (lambda x: x["made"].update(batch="1"), "says made.batch otherwise"),
+            (lambda x: x["model"].pop("told"), "says model.told otherwise"),
+            (lambda x: x["model"]["told"].update(output="elsewhere"), "says model.told.output otherwise"),
+            (lambda x: x["model"]["told"].update(override="a"), "says override otherwise"),
+            (lambda x: x.update(lora=[{"file": "a"}]), "says lora.sha256, lora.weight otherwise"),
+            (lambda x: x.update(model=[]), "says model otherwise"),
+            (lambda x: x.update(image="a.png"), "says image otherwise"),
+            (lambda x: x.update(height=64), "says width and height otherwise"),
+            (lambda x: x["sampler"].update(kind="magic"), "has a setting that is no option; allowed are those above"),
+            (lambda x: x["guidance"].update(scale=float("nan")), "has a setting that is no option"),
+        ],
+    )
+    def test_settings_that_this_tool_did_not_write_are_refused(self, change, message, tmp_path, capsys):
+        settings = json.loads(json.dumps(SETTINGS))
+        change(settings)
+        text = sampling_settings.PngInfo()
+        text.add_text("ldm_train", json.dumps(settings))
+        Image.new("RGB", (32, 32)).save(tmp_path / "0.png", pnginfo=text)
+        assert run("--again", tmp_path / "0.png") == 2
+        assert message in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
+
+    def test_an_image_is_never_made_over_the_one_that_it_is_compared_with(self, draw, capsys):
+        folder = draw("out", prompts=PROMPTS[:1])
+        before = (folder / "00000.png").read_bytes()
+        (folder / "again").symlink_to(folder)
+        for output in ([], ["--output", folder], ["--output", folder / "again"]):
+            assert run("--again", folder / "00000.png", *output) == 2
+            assert "which it is compared with; allowed is any other folder; change --output" in capsys.readouterr().err
+        assert (folder / "00000.png").read_bytes() == before
 
 
 class TestPrecision:
