@@ -193,7 +193,10 @@ class Corpus:
         """
         spans = self._shards_of
         if name not in spans:
-            raise ValueError(f"there is no data set {name!r}; allowed are {', '.join(spans)}; change `data.mixture`")
+            raise ValueError(
+                f"there is no data set {name!r}; allowed are {', '.join(spans)}; change `data.mixture`, or what asks "
+                "for it (`callbacks.before_after.data_set`, null for all)"
+            )
         first, end = (int(self.training.index.starts[shard]) for shard in spans[name])
         return first, end
 
