@@ -1,4 +1,7 @@
-"""What a run holds does not grow with its epochs: open files, and memory."""
+"""What a run holds does not grow with its epochs: open files, and memory.
+
+Measured is this process, so it has to be its own: `python -m pytest tests/data/test_long_runs.py`.
+"""
 
 import os
 import tracemalloc
@@ -15,6 +18,7 @@ def open_files(process):
     return len(os.listdir(f"/proc/{process}/fd"))
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other tests use this process as well")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_many_epochs_through_a_cache_that_is_too_small_hold_no_more_than_a_few(write_shards, tmp_path, workers):
     pytest.importorskip("aiohttp")
