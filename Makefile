@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-cluster check check-static clean-demo
+.PHONY: demo test test-all test-cluster check check-static clean-demo
 
 demo: $(VENV)/installed
 	$(BIN)/python -m ldm_train experiment=demo_autoencoder
@@ -15,6 +15,10 @@ demo: $(VENV)/installed
 	@echo "Done. Pictures are in runs/*/default; charts: $(BIN)/wandb leet runs/demo/default/wandb"
 
 test: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term -m "not slurm and not thorough" $(ARGS)
+
+# The longest as well.
+test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term -m "not slurm" $(ARGS)
 
 # On a SLURM that the tests start themselves. LDM_PREEMPTIONS=20 takes more jobs' places than the few of the default.

@@ -97,6 +97,7 @@ def test_losses_are_logged_by_quarter_of_the_times(shards, tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("experiment", ["ldm_class_256", pytest.param("ldm_inpaint", marks=pytest.mark.slow)])
+@pytest.mark.thorough
 def test_two_processes_lose_what_one_loses_step_by_step(experiment, shards, tmp_path):
     overrides = [f"experiment={experiment}", *QUICK, f"data.shards={shards}", "+optimizer.eps=1e-6", "resume=never"]
     overrides += ["objective=bound_loss_aware", "objective.times.history=1", "schedule.num_steps=8"]

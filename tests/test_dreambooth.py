@@ -137,6 +137,7 @@ def test_refusals_come_before_any_image_or_step_and_name_the_key(overrides, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_killed_twice_ends_with_the_bits_of_an_unbroken_one(overrides, tmp_path):
     """SIGKILL while class images are made, SIGKILL after a checkpoint, then the same command to the end."""
     overrides = [
@@ -163,6 +164,7 @@ def test_a_run_killed_twice_ends_with_the_bits_of_an_unbroken_one(overrides, tmp
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.thorough
 def test_two_processes_make_the_same_class_images_and_weights_as_one(overrides, tmp_path):
     one = run(overrides, tmp_path, "one", "data.batch_size=4")
     ddp = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=2", "run_id=two"]

@@ -19,6 +19,7 @@ EVERYTHING = [
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.thorough
 def test_a_run_that_was_broken_off_ends_with_the_bits_of_an_unbroken_one(precision, tiny_runs, tmp_path, capsys):
     stages = [f"{key}={tiny_runs}/{name}/default/checkpoints/last.ckpt" for key, name in (
         ("stage.base_checkpoint", "demo"), ("stage.autoencoder.checkpoint", "demo_autoencoder"))]  # fmt: skip

@@ -34,6 +34,7 @@ def _overrides(url, folder, steps):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_on_signed_urls_resumes_with_another_signature_and_keeps_none(tmp_path, monkeypatch):
     pytest.importorskip("aiohttp")
     for shard in range(2):

@@ -90,6 +90,7 @@ def test_diffusers_predicts_what_the_merged_weights_do(kind, layout, model, tmp_
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 @torch.no_grad()
+@pytest.mark.thorough
 def test_diffusers_reads_every_single_layer_of_either_layout(layout, tmp_path):
     """One file for each layer: no name is mistaken, and no scale. Kohya's names have lost their dots."""
     base = AdapterBase(SMALL_UNET)

@@ -217,6 +217,7 @@ def test_without_locks_a_cache_is_made_but_not_anew(source, tmp_path, capsys, mo
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_tasks_that_run_at_once_make_a_cache_anew(source, tmp_path):
     out, root = tmp_path / "out", Path(__file__).parents[2]
     assert run(source, out) == 0
