@@ -109,6 +109,9 @@ def test_a_captioned_folder_trains_without_a_class(overrides, photos, tmp_path):
         path.with_suffix(".txt").write_text(f"picture {path.stem}")
     kept = [entry for entry in overrides if not entry.startswith(("data.", "experiment="))]
     overrides = ["experiment=demo_lora", *kept, "data=folder", f"data.shards.folder={photos}"]
+    with pytest.raises(ConfigError, match=r"no data set 'flags'; allowed are data; .*before_after.data_set"):
+        train(composed(*overrides, root=tmp_path))
+    assert not list(tmp_path.glob("demo_lora/*/checkpoints/*"))
     train(composed(*overrides, "callbacks.before_after.data_set=null", root=tmp_path))
     assert last(tmp_path, "demo_lora")["global_step"] == 4
 

@@ -77,6 +77,11 @@ class AdapterGrid(L.Callback):
         self.path = Path(run_dir) / "lora" / "before_after.png"
         self.num_images, self.data_set = num_images, data_set
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a data set that is not there before the first step, and not after the last."""
+        if self.data_set is not None:
+            trainer.datamodule.corpus.rows_of(self.data_set)  # type: ignore[attr-defined]
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draws the trained adapters."""
         self.draw(trainer, pl_module)
