@@ -15,9 +15,9 @@ demo: $(VENV)/installed
 	@echo "Done. Pictures are in runs/*/default; charts: $(BIN)/wandb leet runs/demo/default/wandb"
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term -m "not slurm and not thorough" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slurm and not thorough" $(ARGS)
 
-# The longest as well.
+# The longest as well, and which lines are reached.
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term -m "not slurm" $(ARGS)
 

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm_train.config import conf_dir, missing_keys, register
 from ldm_train.nn.perceptual import VGG16_FILE
 from ldm_train.train import train
+from tests.forked_runs import ForkedRuns
 
 # What a few steps of each stage of the demo need to be quick.
 TINY_RUNS = {
@@ -75,6 +76,14 @@ def vgg16_weights(tmp_path_factory):
 def torch_cache(vgg16_weights, monkeypatch):
     """Torch's cache, with the weights of LPIPS in it."""
     monkeypatch.setenv("TORCH_HOME", str(vgg16_weights.parents[2]))
+
+
+@pytest.fixture(scope="session")
+def forked_runs():
+    """Starts runs in processes of their own."""
+    runs = ForkedRuns()
+    yield runs
+    runs.close()
 
 
 @pytest.fixture(scope="session")

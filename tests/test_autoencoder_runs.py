@@ -10,7 +10,7 @@ from ldm_train.config import ConfigError, load_run
 from ldm_train.train import train
 
 from .conftest import composed
-from .test_end_to_end import command, equal, finish, last, metrics
+from .test_end_to_end import equal, last, metrics
 
 STAGE = "demo_autoencoder"
 TINY = [f"experiment={STAGE}", "debug=tiny", "logger=csv", "callbacks.calibration.num_images=24",
@@ -34,7 +34,7 @@ def run(root, run_id, *overrides):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_what_one_trains_on_the_joined_batch(kind, tmp_path):
+def test_two_processes_train_what_one_trains_on_the_joined_batch(kind, forked_runs, tmp_path):
     """Weights after 5 steps, with all that looks at a batch as a whole: batch norm, adaptive weight, codebook."""
     # Emoji have many equal latents: codes drawn from them coincide, and rounding decides which of them is the nearest.
     uniform = ["autoencoder.regularizer.initialisation=uniform", "autoencoder.regularizer.restart_after=null"]
@@ -43,7 +43,7 @@ def test_two_processes_train_what_one_trains_on_the_joined_batch(kind, tmp_path)
               "optimizer.lr=1e-4", "+optimizer.eps=1e-6", "callbacks.throughput=null"]  # fmt: skip
     one = run(tmp_path, "one", *shared, "data.batch_size=8")["state_dict"]
     ddp = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=4", "run_id=two"]
-    finish(command(*TINY, *shared, *ddp, root=tmp_path))
+    forked_runs.finish(*TINY, *shared, *ddp, root=tmp_path, ranks=2)
     two = last(tmp_path, STAGE, "two")["state_dict"]
     assert one.keys() == two.keys()
     worst = {name: float((one[name].double() - two[name].double()).abs().max()) for name in one}

@@ -14,7 +14,7 @@ from ldm_train.train import train
 
 from .conftest import composed
 from .test_config import names
-from .test_end_to_end import command, finish, last, metrics
+from .test_end_to_end import last, metrics
 
 NUM_IMAGES = 24
 QUICK = ["debug=tiny", "logger=csv", "callbacks.samples=null", "data.val_fraction=0.2", "data.flip=false"]
@@ -98,14 +98,14 @@ def test_losses_are_logged_by_quarter_of_the_times(shards, tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize("experiment", ["ldm_class_256", pytest.param("ldm_inpaint", marks=pytest.mark.slow)])
 @pytest.mark.thorough
-def test_two_processes_lose_what_one_loses_step_by_step(experiment, shards, tmp_path):
+def test_two_processes_lose_what_one_loses_step_by_step(experiment, shards, forked_runs, tmp_path):
     overrides = [f"experiment={experiment}", *QUICK, f"data.shards={shards}", "+optimizer.eps=1e-6", "resume=never"]
     overrides += ["objective=bound_loss_aware", "objective.times.history=1", "schedule.num_steps=8"]
     one = [*overrides, "data.batch_size=8", "run_id=one"]
     two = [*overrides, "data.batch_size=4", "run_id=two", "trainer=ddp", "trainer.devices=2"]
     two += ["trainer.accelerator=cpu"]
-    finish(command(*one, root=tmp_path))
-    finish(command(*two, root=tmp_path))
+    train(composed(*one, root=tmp_path))
+    forked_runs.finish(*two, root=tmp_path, ranks=2)
     losses = [metrics(tmp_path / experiment / run_id) for run_id in ("one", "two")]
     assert {"train/loss", "val/loss"} <= losses[0].keys()
     compared = [key for key in losses[0] if "/loss" in key]

@@ -1,7 +1,5 @@
 """A subject from a folder of eight images: one command, exact resume, the adapters alone."""
 
-import os
-import signal
 import subprocess
 import time
 
@@ -15,7 +13,7 @@ from ldm_train.train import train
 
 from .conftest import composed
 from .data.conftest import picture
-from .test_end_to_end import command, equal, finish, last
+from .test_end_to_end import equal, last
 from .test_pages import ROOT, starting_with
 
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "ImageTextDataModule", "global_step")
@@ -138,7 +136,7 @@ def test_refusals_come_before_any_image_or_step_and_name_the_key(overrides, tmp_
 
 @pytest.mark.slow
 @pytest.mark.thorough
-def test_a_run_killed_twice_ends_with_the_bits_of_an_unbroken_one(overrides, tmp_path):
+def test_a_run_killed_twice_ends_with_the_bits_of_an_unbroken_one(overrides, forked_runs, tmp_path):
     """SIGKILL while class images are made, SIGKILL after a checkpoint, then the same command to the end."""
     overrides = [
         *overrides, "data.mixture.num_class_images=60", "trainer.max_steps=30", "callbacks.checkpoint.every_n_steps=4",
@@ -147,16 +145,15 @@ def test_a_run_killed_twice_ends_with_the_bits_of_an_unbroken_one(overrides, tmp
     unbroken = run(overrides, tmp_path, "unbroken")
     run_dir = tmp_path / "demo_dreambooth/killed"
     for stage, awaited in enumerate(("class_images/00010.png", "checkpoints/last.ckpt")):
-        process = command(*overrides, "run_id=killed", root=tmp_path)
-        deadline = time.monotonic() + 200
-        while not (run_dir / awaited).exists() and process.poll() is None and time.monotonic() < deadline:
+        forked_runs.start(*overrides, "run_id=killed", root=tmp_path)
+        while not (run_dir / awaited).exists() and forked_runs.is_running:
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        forked_runs.kill()
+        forked_runs.wait()
         assert (run_dir / awaited).exists()
         assert stage or len(list((run_dir / "class_images").glob("*.png"))) < 60
     assert read_checkpoint(run_dir / "checkpoints/last.ckpt")["global_step"] < 30
-    finish(command(*overrides, "run_id=killed", root=tmp_path))
+    forked_runs.finish(*overrides, "run_id=killed", root=tmp_path)
     killed = last(tmp_path, "demo_dreambooth", "killed")
     for part in PARTS:
         assert equal(killed[part], unbroken[part]), part
@@ -165,10 +162,10 @@ def test_a_run_killed_twice_ends_with_the_bits_of_an_unbroken_one(overrides, tmp
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.thorough
-def test_two_processes_make_the_same_class_images_and_weights_as_one(overrides, tmp_path):
+def test_two_processes_make_the_same_class_images_and_weights_as_one(overrides, forked_runs, tmp_path):
     one = run(overrides, tmp_path, "one", "data.batch_size=4")
     ddp = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=2", "run_id=two"]
-    finish(command(*overrides, *ddp, "callbacks.throughput=null", root=tmp_path))
+    forked_runs.finish(*overrides, *ddp, "callbacks.throughput=null", root=tmp_path, ranks=2)
     two = last(tmp_path, "demo_dreambooth", "two")
     folders = [tmp_path / f"demo_dreambooth/{name}/class_images" for name in ("one", "two")]
     first, second = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,26 +21,6 @@ from .conftest import TINY_RUNS, composed
 from .wandb_record import history, record_files
 
 TINY_DEMO = ["experiment=demo", "debug=tiny", "callbacks.samples=null", "sampler.num_steps=2"]
-
-
-def command(*overrides, root, **environment):
-    """A run in a process of its own, as a shell starts it."""
-    # Without W&B's variables: a service of this process would be shared, and would outlive a killed run.
-    own = {key: value for key, value in os.environ.items() if "WANDB" not in key}
-    return subprocess.Popen(
-        [sys.executable, "-m", "ldm_train", *overrides, f"paths.root={root}"],
-        env=own | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process, timeout=240):
-    output, _ = process.communicate(timeout=timeout)
-    assert process.returncode == 0, output[-3000:]
-    return output
 
 
 def first_stage(runs):
@@ -191,22 +170,23 @@ def test_a_run_is_one_recipe(tiny_runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_with_the_same_steps_and_every_metric_in_its_record(tiny_runs, tmp_path):
+def test_a_killed_run_goes_on_and_ends_with_the_same_steps_and_every_metric_in_its_record(
+    tiny_runs, forked_runs, tmp_path
+):
     """SIGKILL in the middle of stage 2, then the same command again."""
     overrides = [
         "experiment=demo", "debug=tiny", *TINY_RUNS["demo"], "data.batch_size=16", "trainer.max_steps=30",
         "callbacks.checkpoint.every_n_steps=4", first_stage(tiny_runs),
     ]  # fmt: skip
     checkpoint = tmp_path / "demo/default/checkpoints/last.ckpt"
-    process = command(*overrides, root=tmp_path)
-    deadline = time.monotonic() + 200
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    forked_runs.start(*overrides, root=tmp_path)
+    while not checkpoint.exists() and forked_runs.is_running:
+        time.sleep(0.01)
+    forked_runs.kill()
+    forked_runs.wait()
     stopped = read_checkpoint(checkpoint)["global_step"]
     assert 4 <= stopped < 30
-    output = finish(command(*overrides, root=tmp_path))
+    output = forked_runs.finish(*overrides, root=tmp_path)
     assert f"Resuming from step {stopped}" in output
     assert last(tmp_path)["global_step"] == 30
     logged = metrics(tmp_path / "demo/default")["train/loss"]
@@ -224,8 +204,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_steps_and_every_metric_in_i
 def test_two_processes_end_with_the_weights_of_one_with_the_same_global_batch(tiny_runs, tmp_path):
     shared = [*TINY_DEMO, first_stage(tiny_runs), "logger=csv", "trainer.max_steps=5", "trainer.val_check_interval=5"]
     train(composed(*shared, "data.batch_size=8", "run_id=one", root=tmp_path))
-    ddp = ["trainer=ddp", "trainer.devices=2", "data.batch_size=4", "run_id=two"]
-    finish(command(*shared, *ddp, "callbacks.throughput=null", root=tmp_path))
+    ddp = ["trainer=ddp", "trainer.devices=2", "data.batch_size=4", "run_id=two", "callbacks.throughput=null"]
+    run = subprocess.run(  # as a shell starts it; Lightning starts the second process
+        [sys.executable, "-m", "ldm_train", *shared, *ddp, f"paths.root={tmp_path}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
     one, two = last(tmp_path, run_id="one"), last(tmp_path, run_id="two")
     assert one["ImageTextDataModule"] == two["ImageTextDataModule"] | {"global_batch_size": 8}
     worst = max(float((one["state_dict"][k] - two["state_dict"][k]).abs().max()) for k in one["state_dict"])
@@ -233,34 +217,24 @@ def test_two_processes_end_with_the_weights_of_one_with_the_same_global_batch(ti
 
 
 @pytest.mark.slow
-def test_a_multirun_validates_one_model_under_several_guidance_scales(tiny_runs, tmp_path):
+def test_a_multirun_validates_one_model_under_several_guidance_scales(tiny_runs, forked_runs, tmp_path):
     checkpoint = tiny_runs / "demo/default/checkpoints/last.ckpt"
-    finish(
-        command(
-            "-m",
-            "experiment=demo",
-            "sweep=guidance_scale",
-            "debug=tiny",
-            *TINY_RUNS["demo"],
-            "logger=csv",
-            f"resume={checkpoint}",
-            first_stage(tiny_runs),
-            "guidance.scale=1,3",
-            root=tmp_path,
-        )
-    )
+    forked_runs.finish(
+        "-m", "experiment=demo", "sweep=guidance_scale", "debug=tiny", *TINY_RUNS["demo"], "logger=csv",
+        f"resume={checkpoint}", first_stage(tiny_runs), "guidance.scale=1,3", root=tmp_path,
+    )  # fmt: skip
     runs = [tmp_path / "demo" / f"guidance_scale_{scale}" for scale in (1, 3)]
     figures = [metrics(run) for run in runs]
     assert figures[0]["val/loss"] == figures[1]["val/loss"], "the loss knows no guidance"
     assert figures[0]["val/fid_randomconv"] != figures[1]["val/fid_randomconv"]
 
 
-def test_a_multirun_that_would_start_processes_itself_is_refused(tmp_path):
-    process = command(
-        "-m", "experiment=demo_autoencoder", "seed=0,1", "trainer=ddp", "trainer.devices=2", root=tmp_path
-    )
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
+def test_a_multirun_that_would_start_processes_itself_is_refused(forked_runs, tmp_path):
+    ddp = ["trainer=ddp", "trainer.devices=2"]
+    forked_runs.start("-m", "experiment=demo_autoencoder", "seed=0,1", *ddp, root=tmp_path)
+    codes, _ = forked_runs.wait()
+    output = forked_runs.said()
+    assert codes != [0]
     assert "each process that Lightning starts would run the whole sweep" in output
     assert "change `trainer.devices`" in output
 

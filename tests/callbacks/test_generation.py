@@ -1,14 +1,15 @@
 import csv
+import multiprocessing as mp
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
 
 from ldm_train.callbacks import AdapterGrid, EMACallback, MetricsCSV, ReconstructionGrid, SampleEvaluation
 from ldm_train.callbacks.generation import _select
 from ldm_train.metrics import FrechetDistance, RandomConvFeatures, retrieval_at_1, to_uint8
 from tests.callbacks.toy import NUM_IMAGES, ToyData, ToyStage, batch_of, trainer_of
+from tests.ranks import run_ranks
 
 KEYS = ("val/fid_randomconv", "val/retrieval_at_1", "val/retrieval_times_chance")
 
@@ -111,7 +112,6 @@ def test_numbers_that_contradict_are_refused(tmp_path):
 
 def _one_rank(rank, directory, world, shared):
     torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world)
-    torch.set_num_threads(1)
     stage = ToyStage()
     with torch.no_grad():
         stage.colours.weight.copy_(torch.randn(NUM_IMAGES, 3, generator=torch.Generator().manual_seed(1)))
@@ -137,7 +137,7 @@ def test_two_ranks_give_the_figures_and_the_sheet_of_one(tmp_path):
         directory.mkdir()
         with mp.Manager() as manager:
             shared = manager.dict()
-            mp.spawn(_one_rank, args=(directory, world, shared), nprocs=world)
+            run_ranks(_one_rank, directory, world, shared, world=world)
             results += [shared[rank] for rank in range(world)]
     assert results[1] == pytest.approx(results[0], rel=1e-6)
     assert results[2] == pytest.approx(results[0], rel=1e-6)

@@ -1,16 +1,17 @@
 import logging
+import multiprocessing as mp
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from ldm_train.callbacks import ReconstructionFrechet, ReconstructionGrid
 from ldm_train.metrics import FeatureExtractor, FrechetDistance, RandomConvFeatures
 from tests.callbacks.toy import NUM_IMAGES, ToyData, ToyStage, batch_of, trainer_of
+from tests.ranks import run_ranks
 
 KEY = "val/rfid_randomconv"
 
@@ -102,7 +103,6 @@ def test_a_single_image_is_left_out_with_a_word(tmp_path, caplog):
 
 def _one_rank(rank, directory, world, shared):
     torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world)
-    torch.set_num_threads(1)
     callback, stage = ReconstructionFrechet(RandomConvFeatures()), Reconstructing()
     logged = {}
     stage.log = lambda key, value, **_: logged.update({key: value.item()})
@@ -123,7 +123,7 @@ def _one_rank(rank, directory, world, shared):
 def test_two_ranks_measure_what_one_does(tmp_path):
     with mp.Manager() as manager:
         shared = manager.dict()
-        mp.spawn(_one_rank, args=(tmp_path, 2, shared), nprocs=2)
+        run_ranks(_one_rank, tmp_path, 2, shared)
         assert [shared[0], shared[1]] == pytest.approx([_expected(2)] * 2, rel=1e-5)
 
 

@@ -10,6 +10,7 @@ from ldm_train.callbacks import MetricsCSV, RunSummary, ThroughputMonitor
 from ldm_train.callbacks.summary import loading_figures
 from ldm_train.callbacks.throughput import _over_ranks
 from tests.callbacks.toy import ToyData, ToyStage, batch_of, trainer_of
+from tests.ranks import run_ranks
 
 WAIT, WORK, PAUSE = 0.03, 0.01, 0.2
 
@@ -143,7 +144,7 @@ def _sum_over_ranks(rank, directory):
 
 @pytest.mark.distributed
 def test_totals_of_ranks_are_added_exactly(tmp_path):
-    torch.multiprocessing.spawn(_sum_over_ranks, (tmp_path,), nprocs=2)
+    run_ranks(_sum_over_ranks, tmp_path)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found == [{"images_made": 21.0, "bad/label": 2**41 + 1}] * 2
     assert _over_ranks(found[0], torch.device("cpu")) == found[0]

@@ -1,6 +1,7 @@
 """What a run holds does not grow with its epochs: open files, and memory.
 
-Measured is this process, so it has to be its own: `python -m pytest tests/data/test_long_runs.py`.
+Counted is what the package's own lines hold: whatever else runs in this process, such as a measurement of coverage,
+has memory of its own.
 """
 
 import os
@@ -14,11 +15,15 @@ from tests.data.faulty_server import serving
 SHARDS = 6
 
 
+def held_by_the_package():
+    own = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, "*/ldm_train/*")])
+    return sum(trace.size for trace in own.traces)
+
+
 def open_files(process):
     return len(os.listdir(f"/proc/{process}/fd"))
 
 
-@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other tests use this process as well")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_many_epochs_through_a_cache_that_is_too_small_hold_no_more_than_a_few(write_shards, tmp_path, workers):
     pytest.importorskip("aiohttp")
@@ -45,11 +50,11 @@ def test_many_epochs_through_a_cache_that_is_too_small_hold_no_more_than_a_few(w
             assert sum(len(batch["key"]) for batch in batches) == 3 * SHARDS
             processes = [os.getpid(), *(worker.pid for worker in getattr(batches, "_workers", []))]
             held.append([open_files(process) for process in processes])
-            sizes.append(tracemalloc.get_traced_memory()[0])
+            sizes.append(held_by_the_package())
         tracemalloc.stop()
     assert module.shard_cache.counts.evictions > 20
     assert max(map(max, held[8:])) <= max(map(max, held[:8])) + 2
-    assert max(sizes[-5:]) - max(sizes[4:8]) < 1 << 18
+    assert max(sizes[-5:]) - max(sizes[4:8]) < 1 << 14  # the samples of twelve epochs are three times as much
     copies = [path for path in (tmp_path / "cache").iterdir() if path.suffix in (".tar", ".part")]
     assert sum(path.stat().st_size for path in copies) <= 3 * bytes_of_one
     assert len(list((tmp_path / "cache").iterdir())) <= 3 * 2 * (SHARDS + 2)

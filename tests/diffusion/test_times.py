@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from ldm_train.diffusion import LossAwareTimes, LowDiscrepancyTimes, UniformTimes
 from ldm_train.randomness import SampleKeys
+from tests.ranks import run_ranks
 
 FINE = 2**31  # so many times that they are the points themselves
 
@@ -206,7 +206,7 @@ def _one_rank(rank, init_file, world):
 
 @pytest.mark.distributed
 def test_two_ranks_learn_what_one_process_learns(tmp_path):
-    mp.spawn(_one_rank, args=(tmp_path / "rendezvous", 2), nprocs=2)
+    run_ranks(_one_rank, tmp_path / "rendezvous", 2)
 
 
 @pytest.mark.parametrize(

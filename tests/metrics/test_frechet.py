@@ -1,6 +1,5 @@
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -13,6 +12,7 @@ from ldm_train.metrics import (
     load_statistics,
     save_statistics,
 )
+from tests.ranks import run_ranks
 
 
 class TinyFeatures(FeatureExtractor):
@@ -140,4 +140,4 @@ def _distance_of(real, fake):
 
 @pytest.mark.distributed
 def test_two_ranks_with_half_the_images_each_equal_one_rank(tmp_path):
-    mp.spawn(_one_rank, args=(tmp_path / "rendezvous", 2), nprocs=2)
+    run_ranks(_one_rank, tmp_path / "rendezvous", 2)

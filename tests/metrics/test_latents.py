@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.distributions import Normal, kl_divergence
 
 from ldm_train.metrics import CodebookUsage, LatentStatistics
+from tests.ranks import run_ranks
 
 
 def _posteriors(images, seed=0):
@@ -101,4 +101,4 @@ def _one_rank(rank, init_file, world):
 
 @pytest.mark.distributed
 def test_two_ranks_with_a_part_of_the_images_each_equal_one_process(tmp_path):
-    mp.spawn(_one_rank, args=(tmp_path / "rendezvous", 2), nprocs=2)
+    run_ranks(_one_rank, tmp_path / "rendezvous", 2)

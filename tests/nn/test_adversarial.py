@@ -1,10 +1,10 @@
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from ldm_train.distributed import all_reduce_mean
 from ldm_train.nn import HINGE, AdversarialLoss, Clock, PatchDiscriminator
+from tests.ranks import run_ranks
 
 NOW = Clock(step=0, images=0)
 
@@ -226,7 +226,6 @@ def test_impossible_settings_are_refused(key, value):
 
 
 def _one_rank(rank, init_file, world):
-    torch.set_num_threads(1)
     x, arguments = _images(6), {"r1_weight": 0.1, "lecam_weight": 0.1, "form": "non_saturating"}
     expected = _results(x, arguments)
     torch.distributed.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world)
@@ -253,4 +252,4 @@ def _results(x, arguments):
 
 @pytest.mark.distributed
 def test_two_ranks_equal_one_process_with_the_joined_batch(tmp_path):
-    mp.spawn(_one_rank, args=(tmp_path / "rendezvous", 2), nprocs=2)
+    run_ranks(_one_rank, tmp_path / "rendezvous", 2)

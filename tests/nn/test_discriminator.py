@@ -2,12 +2,12 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
 from ldm_train.distributed import all_reduce_sum
 from ldm_train.nn import HINGE, NON_SATURATING, GlobalBatchNorm2d, PatchDiscriminator
+from tests.ranks import run_ranks
 
 
 def _images(count, size, seed=0, dtype=torch.float32):
@@ -137,7 +137,6 @@ def test_global_batch_norm_of_one_process_is_torch_s():
 
 
 def _one_rank(rank, init_file, world):
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world)
     x = _features(6)
     part = slice(0, 2) if rank == 0 else slice(2, 6)  # ranks with unequal batches
@@ -153,4 +152,4 @@ def _one_rank(rank, init_file, world):
 
 @pytest.mark.distributed
 def test_global_batch_norm_of_two_ranks_is_torch_s_on_the_joined_batch(tmp_path):
-    mp.spawn(_one_rank, args=(tmp_path / "rendezvous", 2), nprocs=2)
+    run_ranks(_one_rank, tmp_path / "rendezvous", 2)

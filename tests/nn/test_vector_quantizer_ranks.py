@@ -1,10 +1,10 @@
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm_train.nn import VectorQuantizer
+from tests.ranks import run_ranks
 
 RECIPES = {
     "loss": {"restart_after": 2},
@@ -58,4 +58,4 @@ def _one_rank(rank, init_file, world):
 
 @pytest.mark.distributed
 def test_two_ranks_with_half_the_images_each_equal_one_process(tmp_path):
-    mp.spawn(_one_rank, args=(tmp_path / "rendezvous", 2), nprocs=2)
+    run_ranks(_one_rank, tmp_path / "rendezvous", 2)
