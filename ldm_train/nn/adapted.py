@@ -170,20 +170,20 @@ class AdaptedLayer(nn.Module, ABC):
             self.original = None
 
 
-class AdaptedLinear(AdaptedLayer):
-    """A linear layer with adapters.
+class _AdaptedModule(AdaptedLayer):
+    """A layer that owns its weight, with adapters.
 
     Args:
         base: the layer; its parameters are frozen.
     """
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
 
     @property
     def weight(self) -> Tensor:
-        """W, (out, in)."""
+        """W, (out, in) or (out, in, h, w)."""
         return self.base.weight
 
     @property
@@ -191,43 +191,29 @@ class AdaptedLinear(AdaptedLayer):
         """The bias (out,), if there is one."""
         return self.base.bias
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """(..., in) to (..., out) of the weight."""
-        return linear(x, weight, None)
-
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
+        """The output of the layer, of the layer's shape."""
         return self.changed(x, self.base(x))
 
 
-class AdaptedConv2d(AdaptedLayer):
-    """A convolution with adapters.
+class AdaptedLinear(_AdaptedModule):
+    """A linear layer, (..., in) to (..., out), with adapters."""
 
-    Args:
-        base: the layer; its parameters are frozen.
-    """
+    base: nn.Linear
 
-    def __init__(self, base: nn.Conv2d) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(..., in) to (..., out of the weight)."""
+        return linear(x, weight, None)
 
-    @property
-    def weight(self) -> Tensor:
-        """W, (out, in, h, w)."""
-        return self.base.weight
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias (out,), if there is one."""
-        return self.base.bias
+class AdaptedConv2d(_AdaptedModule):
+    """A convolution, (B, in, H, W) to (B, out, H', W'), with adapters."""
+
+    base: nn.Conv2d
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """(B, in, H, W) to (B, out of the weight, H', W')."""
         return F.conv2d(x, weight, None, self.base.stride, self.base.padding, self.base.dilation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in, H, W) to (B, out, H', W')."""
-        return self.changed(x, self.base(x))
 
 
 class AdaptedProjection(AdaptedLayer):

@@ -117,7 +117,9 @@ def _settings(stage: LatentDiffusion) -> dict[str, str]:
 
 
 def _refuse_others(wanted: WantedImages, groups: list[_Group], key: str) -> None:
-    """Refuse a folder with images of another prompt, size or making: to mix them would mean nothing."""
+    """Refuse a folder with images of another prompt, size or model, or made otherwise than those still to be made."""
+    is_whole = not any(group.missing() for group in groups)
+    compared = {"base"} if is_whole else {*groups[0].settings}
     for group in groups:
         for i in sorted(set(range(group.begin, group.end)) - {*group.missing()}):
             path = group.path(i)
@@ -135,7 +137,7 @@ def _refuse_others(wanted: WantedImages, groups: list[_Group], key: str) -> None
                     f"{wanted.size} x {wanted.size} is wanted; allowed is one kind in a folder; change `{key}`, "
                     "remove the folder, or take another `run_id`"
                 )
-            if other := {name: value for name, value in group.settings.items() if info.get(name) != value}:
+            if other := {name: group.settings[name] for name in compared if info.get(name) != group.settings[name]}:
                 found = ", ".join(f"{name} {_shown(info.get(name))}" for name in other)
                 now = ", ".join(f"{name} {_shown(value)}" for name, value in other.items())
                 raise ValueError(

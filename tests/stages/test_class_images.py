@@ -150,6 +150,18 @@ def test_images_that_were_made_otherwise_are_refused(stage, wanted, changed):
     assert pictures(wanted) == before
 
 
+def test_a_whole_set_is_taken_by_a_run_that_would_sample_otherwise_but_not_with_another_base(stage, wanted):
+    make_class_images(stage, wanted, CPU, KEY)
+    before = pictures(wanted)
+    stage.sampler, stage.guidance = DDPMSampler(5), ClassifierFreeGuidance(3.0)
+    assert make_class_images(stage, wanted, CPU, KEY) == 0
+    assert pictures(wanted) == before
+    with torch.no_grad():
+        next(stage.denoiser.network.parameters()).add_(1.0)
+    with pytest.raises(ValueError, match="was made with base"):
+        make_class_images(stage, wanted, CPU, KEY)
+
+
 def test_refusals_name_the_key(stage, wanted):
     make_class_images(stage, wanted._replace(number=2), CPU, KEY)
     with pytest.raises(ValueError, match=r"shows 'red apple' at 16 x 16, and 'blue car' at .*change `data.mixture"):
