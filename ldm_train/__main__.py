@@ -1,11 +1,15 @@
 """`python -m ldm_train experiment=...`: compose the config from `conf/`, then train."""
 
 import sys
+from functools import partial
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ldm_train.config import ConfigError, conf_dir, explain_override, explain_unmade, register
+from ldm_train.isolation import run_in_child
 from ldm_train.train import train
 
 register()
@@ -13,7 +17,10 @@ register()
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    """Run one job."""
+    """Run one job; in a multirun its mistakes are the sweep's affair (`ldm_train.sweeps`)."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        launcher = str(HydraConfig.get().launcher._target_)
+        return run_in_child(partial(train, cfg)) if launcher.endswith(".BasicLauncher") else train(cfg)
     try:
         return train(cfg)
     except ConfigError as error:

@@ -60,5 +60,5 @@ def test_every_requirement_is_pinned_to_a_version_in_its_range():
     lines = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     pins = {canonicalize_name(name): version for name, version in lines}
     assert len(pins) == len(lines)
-    for requirement in map(Requirement, [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["slurm"]]):
+    for requirement in map(Requirement, [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["slurm"], *EXTRAS["sweep"]]):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
