@@ -15,9 +15,8 @@ from ldm_train.train import train
 register()
 
 
-@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-def main(cfg: DictConfig) -> float | None:
-    """Run one job; in a multirun its mistakes are the sweep's affair (`ldm_train.sweeps`)."""
+def job(cfg: DictConfig) -> float | None:
+    """Run one job; in a multirun its mistakes are the sweep's affair (`ldm_train.multirun`)."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         launcher = str(HydraConfig.get().launcher._target_)
         return run_in_child(partial(train, cfg)) if launcher.endswith(".BasicLauncher") else train(cfg)
@@ -28,7 +27,13 @@ def main(cfg: DictConfig) -> float | None:
         sys.exit(2)
 
 
+main = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)
+
+
 if __name__ == "__main__":
+    # By this name, and not by `__main__`, a submitted job finds the function, and what registers the resolvers.
+    from ldm_train.__main__ import main
+
     try:
         main()
     except SystemExit as stop:

@@ -14,6 +14,7 @@ import csv
 import hashlib
 import math
 import os
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +114,7 @@ def write_table(table: Table, directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "results.csv"
     columns = _columns(table)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # jobs may do this at the same time
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")  # jobs do this at any time
     with temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([list(columns), *zip(*columns.values(), strict=True)])
     os.replace(temporary, path)
