@@ -102,7 +102,7 @@ class SweepResults(Callback):
             write_table(table_of_sweep(self._directory), self._directory)
         if state == FINISHED:
             return
-        _log.error("%s: %s: %s", " ".join(_words(config)), state, reason)
+        _log.error("Job %s in %s: %s: %s", config.hydra.job.num, config.hydra.runtime.output_dir, state, reason)
         job_return.status, job_return.return_value = JobStatus.COMPLETED, self.failed_value
         if self.on_failure == "stop" and self._owner == os.getpid():
             self._report()

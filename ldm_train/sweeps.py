@@ -105,7 +105,12 @@ def table_of_sweep(directory: Path) -> Table:
 
 
 def table_of_runs(run_dirs: Iterable[Path], metric: str | None = None) -> Table:
-    """The table of runs that no sweep has a record of."""
+    """The table of runs, whatever started them, from their directories alone.
+
+    Args:
+        run_dirs: the directories, in the order of the rows.
+        metric: the key of the figure that is compared.
+    """
     return Table([_row_of_run(path, metric) for path in run_dirs], metric)
 
 

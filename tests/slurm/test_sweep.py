@@ -1,7 +1,6 @@
 """A sweep whose jobs SLURM runs ends with a row for each: also for one that raised, and for one that was killed."""
 
 import csv
-import os
 import subprocess
 import sys
 from pathlib import Path
