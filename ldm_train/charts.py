@@ -1,7 +1,7 @@
 """Charts for people: one figure against each of several settings, as a PIL image. No Lightning here.
 
 A panel is a setting on the horizontal axis and the figure on the vertical one. Numbers lie where their value is, on a
-logarithmic axis if they are positive and span more than a factor of 20; words lie side by side.
+logarithmic axis if they are positive and span more than a factor of 10; words lie side by side.
 """
 
 import math
@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 _WIDTH, _HEIGHT = 360, 300  # of a panel's axes, in pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 20, 20, 64
 _INK, _GRID, _LINE, _POINT = "#111111", "#e4e4e4", "#a8bcd8", "#1f5fbf"
-_LOGARITHMIC = 20.0
+_LOGARITHMIC = 10.0
 _COLUMNS = 3
 _LABEL = 14  # characters of a word on an axis
+_NUMBER, _WORD = 50, 100  # pixels that a tick's text needs
 
 Scale = Callable[[float], float]
 
@@ -74,19 +75,20 @@ def _horizontal(settings: Sequence[str]) -> tuple[list[float], list[tuple[float,
     numbers = [_as_number(text) for text in settings]
     if any(number is None for number in numbers):
         words = list(dict.fromkeys(settings))
-        return [float(words.index(text)) for text in settings], [(float(i), w[:_LABEL]) for i, w in enumerate(words)]
+        places = _spaced([(float(i), word[:_LABEL]) for i, word in enumerate(words)], _WORD)
+        return [float(words.index(text)) for text in settings], places
     values = [number for number in numbers if number is not None]
     if min(values) > 0 and max(values) / min(values) > _LOGARITHMIC:
         return [math.log10(v) for v in values], _spaced([(math.log10(v), f"{v:.3g}") for v in sorted(set(values))])
     return values, _spaced([(v, f"{v:.4g}") for v in sorted(set(values))])
 
 
-def _spaced(ticks: list[tuple[float, str]]) -> list[tuple[float, str]]:
-    """The ticks that have room for their texts, from left to right."""
+def _spaced(ticks: list[tuple[float, str]], width: int = _NUMBER) -> list[tuple[float, str]]:
+    """The ticks that have room for texts of so many pixels, from left to right."""
     low, high = ticks[0][0], ticks[-1][0]
     kept: list[tuple[float, str]] = []
     for position, text in ticks:
-        if not kept or (position - kept[-1][0]) * _WIDTH > 50 * (high - low):
+        if not kept or (position - kept[-1][0]) * _WIDTH > width * (high - low):
             kept.append((position, text))
     return kept
 

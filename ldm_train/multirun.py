@@ -32,6 +32,7 @@ from ldm_train.results import described
 from ldm_train.sweeps import (
     FINISHED,
     draw_table,
+    jobs_of_start,
     save_job,
     save_plan,
     shown,
@@ -88,6 +89,7 @@ class SweepResults(Callback):
         """Note that the job began; W&B shows the jobs of a sweep as one group."""
         if self._directory is None:
             return
+        self._refuse_shared_directory(config)
         os.environ.setdefault(GROUP, self._group)
         self._note(config, "running")
 
@@ -116,6 +118,19 @@ class SweepResults(Callback):
             del os.environ[GROUP]
         if self._report():
             sys.exit(1)
+
+    def _refuse_shared_directory(self, config: DictConfig) -> None:
+        """End the sweep if an earlier job of it has the same directory: this one would go on with that one's run."""
+        assert self._directory is not None
+        run_dir, words = str(config.hydra.runtime.output_dir), _words(config)
+        for other in jobs_of_start(self._directory, self._start):
+            if other["run_dir"] == run_dir and other["overrides"] != words and other["number"] < config.hydra.job.num:
+                print(
+                    f"ldm_train: jobs {other['number']} and {config.hydra.job.num} of this sweep have the same "
+                    f"directory, {run_dir}; allowed is one for each; change `run_id`, so that it tells them apart",
+                    file=sys.stderr,
+                )
+                sys.exit(2)
 
     def _note(self, config: DictConfig, state: str, **more: object) -> None:
         if rank_zero_only.rank != 0 or self._directory is None:  # type: ignore[attr-defined]

@@ -86,6 +86,12 @@ def save_job(directory: Path, overrides: Sequence[str], content: Mapping[str, An
     write_json(_job_file(directory, overrides), {"overrides": list(overrides), **content})
 
 
+def jobs_of_start(directory: Path, start: str) -> list[dict[str, Any]]:
+    """What is known of the jobs of one start of a sweep."""
+    found = [job for path in sorted((directory / "jobs").glob("*.json")) if (job := read_json(path))]
+    return sorted((job for job in found if job["start"] == start), key=_order)
+
+
 def save_plan(directory: Path, jobs: Sequence[Sequence[str]]) -> None:
     """Write the overrides of the jobs to come."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -187,7 +193,7 @@ def _row_of_job(job: Mapping[str, Any]) -> Row:
         state=state,
         reason=reason,
         steps=_steps(result, logged),
-        figures=_figures(result, logged),
+        figures=_figures(result, logged, job["metric"]),
         least=least,
         largest=largest,
         run_dir=run_dir,
@@ -209,7 +215,7 @@ def _row_of_run(run_dir: Path, metric: str | None) -> Row:
         state=state,
         reason=reason,
         steps=_steps(result, logged),
-        figures=_figures(result, logged),
+        figures=_figures(result, logged, metric),
         least=least,
         largest=largest,
         run_dir=run_dir,
@@ -244,9 +250,9 @@ def _steps(result: Result | None, logged: Mapping[str, list[float]]) -> int | No
     return int(max(logged["step"])) if "step" in logged else None
 
 
-def _figures(result: Result | None, logged: Mapping[str, list[float]]) -> dict[str, float]:
+def _figures(result: Result | None, logged: Mapping[str, list[float]], metric: str | None) -> dict[str, float]:
     figures = {key: values[-1] for key, values in logged.items()} | (dict(result.figures) if result else {})
-    return {key: value for key, value in figures.items() if key.startswith("val/") or key == "train/loss"}
+    return {key: value for key, value in figures.items() if key.startswith("val/") or key in ("train/loss", metric)}
 
 
 def _extremes(values: Sequence[float]) -> tuple[float | None, float | None]:

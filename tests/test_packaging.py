@@ -34,7 +34,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_code_configs_and_data_with_its_licence(wheel):
     inside = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*")}
     assert {f"ldm_train/{path}" for path in relative("conf", "*.yaml")} <= inside
-    assert relative("ldm_train", "*.py") <= inside
+    assert relative("ldm_train", "*.py") | relative("hydra_plugins", "*.py") <= inside
     assets = relative("ldm_train/assets/noto_emoji", "*")
     assert {path.rpartition("/")[2] for path in assets} >= {"00000.tar", "LICENSE", "NOTICE"}
     assert assets <= inside

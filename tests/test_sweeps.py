@@ -119,11 +119,11 @@ def started(tmp_path):
         results.on_multirun_start(cfg)
         return results
 
-    def job(results, number, returned=None):
+    def job(results, number, returned=None, folder="seed_{}"):
         cfg = composed("experiment=demo_autoencoder", return_hydra_config=True)
         with open_dict(cfg):
             cfg.hydra.overrides.task = ["experiment=demo_autoencoder", f"seed={number}", f"paths.root={tmp_path}"]
-            cfg.hydra.job.num, cfg.hydra.runtime.output_dir = number, str(tmp_path / f"seed_{number}")
+            cfg.hydra.job.num, cfg.hydra.runtime.output_dir = number, str(tmp_path / folder.format(number))
         results.on_job_start(cfg)
         if returned is not None:
             results.on_job_end(cfg, returned)
@@ -168,6 +168,18 @@ def test_a_sweep_that_is_told_to_stops_at_the_first_failure_and_shows_its_table(
         job(results, 1, returned(ValueError("bad")))
     assert stop.value.code == 1
     assert "3 jobs, 2 of this sweep not finished" in capsys.readouterr().out
+
+
+def test_two_jobs_of_a_sweep_with_one_directory_are_refused(started, capsys):
+    """The second would find the first one's run, and give its figure."""
+    start, job, _ = started
+    results = start()
+    job(results, 0, returned(1.0), folder="same")
+    job(results, 0, returned(1.0), folder="same")
+    with pytest.raises(SystemExit):
+        job(results, 1, folder="same")
+    assert "jobs 0 and 1 of this sweep have the same directory" in capsys.readouterr().err
+    job(start(), 1, folder="same")  # another start may
 
 
 @pytest.mark.parametrize("options", [{"on_failure": "ignore"}, {"failed_value": math.nan}])
