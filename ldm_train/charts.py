@@ -16,7 +16,7 @@ _INK, _GRID, _LINE, _POINT = "#111111", "#e4e4e4", "#a8bcd8", "#1f5fbf"
 _LOGARITHMIC = 10.0
 _COLUMNS = 3
 _LABEL = 14  # characters of a word on an axis
-_NUMBER, _WORD = 50, 100  # pixels that a tick's text needs
+_NUMBER, _WORD = 66, 100  # pixels that a tick's text needs
 
 Scale = Callable[[float], float]
 
@@ -41,27 +41,28 @@ def panels(drawn: Sequence[Panel], figure: str) -> Image.Image:
     width, height = _LEFT + _WIDTH + _RIGHT, _TOP + _HEIGHT + _BOTTOM
     sheet = Image.new("RGB", (columns * width, -(-len(drawn) // columns) * height), "white")
     for i, panel in enumerate(drawn):
-        sheet.paste(_panel(panel, figure), (i % columns * width, i // columns * height))
+        sheet.paste(_panel(panel, figure, is_alone=len(drawn) == 1), (i % columns * width, i // columns * height))
     return sheet
 
 
-def _panel(panel: Panel, figure: str) -> Image.Image:
+def _panel(panel: Panel, figure: str, is_alone: bool) -> Image.Image:
     image = Image.new("RGB", (_LEFT + _WIDTH + _RIGHT, _TOP + _HEIGHT + _BOTTOM), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     positions, ticks = _horizontal(panel.settings)
     across = _scale(positions, _LEFT, _LEFT + _WIDTH)
     up = _scale(list(panel.figures), _TOP + _HEIGHT, _TOP)
-    for value in _round_values(min(panel.figures), max(panel.figures)):
+    values = _round_values(min(panel.figures), max(panel.figures))
+    for value, text in zip(values, _spelled(values), strict=True):
         y = up(value)
         draw.line((_LEFT, y, _LEFT + _WIDTH, y), fill=_GRID)
-        draw.text((_LEFT - 6, y), f"{value:.4g}", fill=_INK, font=font, anchor="rm")
+        draw.text((_LEFT - 6, y), text, fill=_INK, font=font, anchor="rm")
     for position, text in ticks:
         x = across(position)
         draw.line((x, _TOP, x, _TOP + _HEIGHT), fill=_GRID)
         draw.text((x, _TOP + _HEIGHT + 6), text, fill=_INK, font=font, anchor="ma")
     draw.rectangle((_LEFT, _TOP, _LEFT + _WIDTH, _TOP + _HEIGHT), outline=_INK)
     points = sorted((across(x), up(y)) for x, y in zip(positions, panel.figures, strict=True))
-    if len(set(positions)) == len(positions):  # with several figures at a place a line would mean nothing
+    if is_alone and len(set(positions)) == len(positions):  # otherwise a line would join what differs in other ways
         draw.line(points, fill=_LINE, width=2)
     for x, y in points:
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=_POINT)
@@ -119,3 +120,9 @@ def _round_values(low: float, high: float) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _spelled(values: Sequence[float]) -> list[str]:
+    """Numbers with as many digits as tell them apart."""
+    digits = next((n for n in range(3, 12) if len({f"{value:.{n}g}" for value in values}) == len(values)), 12)
+    return [f"{value:.{digits}g}" for value in values]

@@ -150,7 +150,10 @@ class SweepResults(Callback):
         path, picture = write_table(table, self._directory), draw_table(table, self._directory)
         bad = unfinished(table, self._start)
         where = f"{path}" if picture is None else f"{path}, {picture.name}"
-        print(f"\n{shown(table)}\n\n{len(table.rows)} jobs, {len(bad)} of this sweep not finished: {where}", flush=True)
+        print(
+            f"\n{shown(table)}\n\n{len(table.rows)} jobs, {len(bad)} of this sweep without a figure: {where}",
+            flush=True,
+        )
         return bool(bad)
 
 

@@ -12,6 +12,7 @@ on with keeps those of its earlier starts, and its seconds add up.
 
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def recorded(run_dir: Path, trainer: L.Trainer, goes_on: bool) -> Iterator[None]
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as stop:
-        write("stopped", f"by {described(stop)}; the same command goes on")
+        write("stopped", f"by {_stopper(stop)}; the same command goes on")
         raise
     except BaseException as error:
         write("failed", described(error))
@@ -115,6 +116,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     replace_durably(temporary, path)
+
+
+def _stopper(stop: BaseException) -> str:
+    """The signal behind an exit status of 128 + its number; else what the exit says of itself."""
+    code = stop.code if isinstance(stop, SystemExit) else None
+    return signal.Signals(code - 128).name if isinstance(code, int) and code > 128 else described(stop)
 
 
 def _spelled(figures: Mapping[str, float]) -> dict[str, Any]:

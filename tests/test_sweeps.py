@@ -17,7 +17,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import open_dict
 
 from ldm_train.__main__ import main
-from ldm_train.charts import Panel, panels
+from ldm_train.charts import Panel, _round_values, _spelled, panels
 from ldm_train.isolation import JobDiedError, JobFailedError, run_in_child
 from ldm_train.locking import sole_writer
 from ldm_train.multirun import SweepResults
@@ -67,7 +67,7 @@ def test_a_job_that_raises_and_one_that_dies_cost_the_others_nothing(monkeypatch
     ]  # fmt: skip
     assert math.isfinite(float(rows[3]["val/psnr"]))
     assert rows[3]["steps"] == "2"
-    assert "4 jobs, 3 of this sweep not finished" in said
+    assert "4 jobs, 3 of this sweep without a figure" in said
     # Once more, of two: the one that finished has its figure without a step more, the other goes on to its end.
     status, said = sweep(monkeypatch, capfd, *jobs[:-2], "optimizer.lr=2e-3,1e-3")
     assert status == 0, said
@@ -167,7 +167,7 @@ def test_a_sweep_that_is_told_to_stops_at_the_first_failure_and_shows_its_table(
     with pytest.raises(SystemExit) as stop:
         job(results, 1, returned(ValueError("bad")))
     assert stop.value.code == 1
-    assert "3 jobs, 2 of this sweep not finished" in capsys.readouterr().out
+    assert "3 jobs, 2 of this sweep without a figure" in capsys.readouterr().out
 
 
 def test_two_jobs_of_a_sweep_with_one_directory_are_refused(started, capsys):
@@ -213,6 +213,7 @@ def test_a_run_without_an_end_is_running_while_it_holds_its_lock(started):
     with pytest.raises(SystemExit), recorded(run_dir, trainer(3), goes_on=False):
         raise SystemExit(143)
     assert states()[0] == "stopped"
+    assert read_result(run_dir).reason == "by SIGTERM; the same command goes on"
 
 
 def trainer(steps, **figures):
@@ -326,3 +327,10 @@ def test_a_chart_puts_larger_figures_higher_and_decades_at_equal_distances():
     assert across[1] - across[0] == pytest.approx(across[2] - across[1], abs=1.5)
     heights = [float(np.flatnonzero(blue[:, point].any(1)).mean()) for point in points]
     assert heights[1] < heights[2] < heights[0]
+
+
+def test_the_numbers_beside_a_chart_tell_its_lines_apart():
+    values = _round_values(0.569563, 0.56957)
+    assert len(values) >= 3
+    assert [float(text) for text in _spelled(values)] == pytest.approx(values, rel=1e-9)
+    assert _spelled([0.2, 0.4]) == ["0.2", "0.4"]

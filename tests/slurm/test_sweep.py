@@ -40,5 +40,5 @@ def test_a_sweep_of_four_with_one_that_raises_and_one_that_dies_ends_with_four_r
     assert rows[0]["reason"].startswith("ConfigError: ")
     assert "ended without a result as FAILED" in rows[1]["reason"]
     assert float(rows[2]["val/psnr"]) != float(rows[3]["val/psnr"])
-    assert "4 jobs, 2 of this sweep not finished" in done.stdout
+    assert "4 jobs, 2 of this sweep without a figure" in done.stdout
     print(done.stdout[-2500:])
