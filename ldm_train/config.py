@@ -6,6 +6,7 @@ once: keys no callable takes, keys nobody has given a value, and plain values of
 """
 
 import difflib
+import hashlib
 import inspect
 import operator
 import os
@@ -366,5 +367,7 @@ def _asset(relative: str) -> str:
 def _run_id(default: str) -> str:
     """`default` for a single run; in a multirun the job's own overrides, so that no two jobs share a directory."""
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        return HydraConfig.get().job.override_dirname or default
+        name = HydraConfig.get().job.override_dirname.replace("/", "_") or default
+        # File systems allow 255 bytes.
+        return name if len(name) <= 150 else f"{name[:130]}-{hashlib.sha1(name.encode()).hexdigest()[:12]}"
     return default

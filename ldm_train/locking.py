@@ -67,6 +67,16 @@ def sole_writer(path: Path, key: str, patience: float = 10.0) -> Iterator[None]:
         yield
 
 
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock of a file now. Not to be asked by the process that holds it."""
+    try:
+        with path.open("r+", encoding="utf-8") as file:
+            fcntl.lockf(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _HELD
+    return False
+
+
 def _take(descriptor: int, path: Path, key: str, deadline: float) -> None:
     while True:
         try:

@@ -24,6 +24,7 @@ from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain
 from ldm_train.data import ShardReadError, folders_of
 from ldm_train.data.storage import explained
 from ldm_train.locking import LockHeldError, sole_writer
+from ldm_train.results import final_figure, recorded
 from ldm_train.secrets import secrets_in_clear
 from ldm_train.stages import LatentDiffusion, make_class_images, refuse_if_cut
 
@@ -47,7 +48,7 @@ def train(cfg: DictConfig) -> float | None:
         cfg: the composed config.
 
     Returns:
-        The value of `cfg.metric` at the end, for sweepers; `None` if the run did not log it.
+        The last value of `cfg.metric`, for sweepers; `None` if the run did not log it.
 
     Raises:
         ConfigError: if the config is refused; nothing has been touched then.
@@ -68,7 +69,8 @@ def train(cfg: DictConfig) -> float | None:
         )
     config = plain(cfg)
     run = build(cfg, callbacks=(RunRecord(config),))
-    with listening(run.trainer), _own_directory(run_dir, run.trainer):
+    goes_on = checkpoint is not None and checkpoint.is_relative_to(run_dir.absolute())
+    with listening(run.trainer), _own_directory(run_dir, run.trainer), recorded(run_dir, run.trainer, goes_on):
         with _refusals():
             if cfg.task == "fit":
                 run.stage.configure_optimizers()  # a curve that does not fit is refused before images are made
@@ -82,8 +84,7 @@ def train(cfg: DictConfig) -> float | None:
                 _fit(run, checkpoint, config)
         finally:
             finish_wandb()
-    value = run.trainer.callback_metrics.get(cfg.metric)
-    return None if value is None else float(value)
+    return final_figure(run_dir, run.trainer, cfg.metric)
 
 
 def _complete_folders(run: Run) -> None:

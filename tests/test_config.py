@@ -1,4 +1,5 @@
 import contextlib
+import re
 
 import hydra
 import pytest
@@ -116,8 +117,11 @@ def test_every_experiment_can_be_debugged(debug, experiment, tiny_runs, tmp_path
 
 @pytest.mark.parametrize("sweep", names("sweep"))
 def test_every_sweep_is_over_keys_that_exist(sweep, tmp_path):
-    check(composed("experiment=demo", f"sweep={sweep}", root=tmp_path))
-    cfg = composed("experiment=demo", f"sweep={sweep}", root=tmp_path, return_hydra_config=True)
+    """Of the experiment in the command that its file begins with."""
+    head = (conf_dir() / "sweep" / f"{sweep}.yaml").read_text(encoding="utf-8")
+    experiment = re.search(rf"^# python -m ldm_train -m (experiment=\w+) sweep={sweep}\b", head, re.M)[1]
+    check(composed(experiment, f"sweep={sweep}", root=tmp_path))
+    cfg = composed(experiment, f"sweep={sweep}", root=tmp_path, return_hydra_config=True)
     assert cfg.hydra.sweeper.params
     assert all(OmegaConf.select(cfg, key) is not None for key in cfg.hydra.sweeper.params)
 

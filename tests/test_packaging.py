@@ -34,7 +34,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_code_configs_and_data_with_its_licence(wheel):
     inside = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*")}
     assert {f"ldm_train/{path}" for path in relative("conf", "*.yaml")} <= inside
-    assert relative("ldm_train", "*.py") <= inside
+    assert relative("ldm_train", "*.py") | relative("hydra_plugins", "*.py") <= inside
     assets = relative("ldm_train/assets/noto_emoji", "*")
     assert {path.rpartition("/")[2] for path in assets} >= {"00000.tar", "LICENSE", "NOTICE"}
     assert assets <= inside
@@ -60,5 +60,5 @@ def test_every_requirement_is_pinned_to_a_version_in_its_range():
     lines = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     pins = {canonicalize_name(name): version for name, version in lines}
     assert len(pins) == len(lines)
-    for requirement in map(Requirement, [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["slurm"]]):
+    for requirement in map(Requirement, [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["slurm"], *EXTRAS["sweep"]]):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement

@@ -84,6 +84,7 @@ def test_every_kind_of_command_is_found():
         "benchmark.py",
         "cache_latents.py",
         "calibrate_latents.py",
+        "collect_sweep.py",
         "convert.py",
         "convert_model.py",
         "fetch_weights.py",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-FOLDERS = ("ldm_train", "tools", "tests")
+FOLDERS = ("ldm_train", "hydra_plugins", "tools", "tests")
 
 
 def too_long(path: Path) -> Iterator[str]:

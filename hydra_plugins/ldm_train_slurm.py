@@ -1,0 +1,80 @@
+"""Hydra's launcher of SLURM jobs by submitit, for which a job that dies is one that failed.
+
+Hydra looks for launchers in packages of this name alone. The one it extends waits for its jobs in their order and gives
+up at the first that has no result: killed for its memory, cancelled, on a node that broke. The others then run on with
+nobody to collect them. Here every job is waited for, and for one without a result Hydra's callbacks are told, as they
+are by a job that raises: `ldm_train.multirun` gives it its row.
+
+Named by `hydra.launcher._target_` beside `hydra/launcher=submitit_slurm`. Without submitit there is nothing here.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, run_job
+from omegaconf import DictConfig, open_dict
+
+from ldm_train.isolation import JobDiedError
+
+if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is not None:
+    from hydra_plugins.hydra_submitit_launcher import submitit_launcher
+    from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+
+    class SlurmLauncher(submitit_launcher.SlurmLauncher):
+        """Submits the jobs of a multirun as one array, and returns something for each."""
+
+        def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+            """Submit and wait.
+
+            Args:
+                job_overrides: of each job.
+                initial_job_idx: the number of the first.
+            """
+            from submitit.core.utils import FailedJobError, UncompletedJobError
+
+            numbered = list(enumerate(job_overrides, start=initial_job_idx))
+            calls = [
+                (list(overrides), "hydra.sweep.dir", number, f"job_{number}", Singleton.get_state())
+                for number, overrides in numbered
+            ]
+            jobs = self._executor().map_array(self, *zip(*calls, strict=True))
+            print(f"Submitted {len(jobs)} jobs to SLURM: {', '.join(job.job_id for job in jobs)}", flush=True)
+            returns = []
+            for job, (number, overrides) in zip(jobs, numbered, strict=True):
+                try:
+                    returns.append(job.results()[0])
+                except (UncompletedJobError, FailedJobError):
+                    ending = f"job {job.job_id} ended without a result as {job.state}; see {job.paths.stdout}"
+                    returns.append(self._return_of_dead(overrides, number, job.job_id, ending))
+            return returns
+
+        def _executor(self) -> Any:  # noqa: ANN401
+            import submitit
+
+            own, general = ("submitit_folder", "max_num_timeout"), BaseQueueConf.__dataclass_fields__
+            executor = submitit.AutoExecutor(
+                self.params["submitit_folder"],
+                cluster=self._EXECUTOR,
+                slurm_max_num_timeout=self.params["max_num_timeout"],
+            )
+            asked = {key: value for key, value in self.params.items() if key not in own}
+            executor.update_parameters(
+                **{key if key in general else f"{self._EXECUTOR}_{key}": value for key, value in asked.items()}
+            )
+            return executor
+
+        def _return_of_dead(self, overrides: Sequence[str], number: int, job_id: str, ending: str) -> JobReturn:
+            """What the job would have returned had it raised, its callbacks called here in its place."""
+
+            def dead(cfg: DictConfig) -> None:
+                raise JobDiedError(ending)
+
+            assert self.hydra_context is not None
+            config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id, config.hydra.job.num = job_id, number
+            return run_job(
+                dead, config, "hydra.sweep.dir", "hydra.sweep.subdir", self.hydra_context, configure_logging=False
+            )

@@ -1,0 +1,203 @@
+"""What a sweep does about its jobs: notes what became of each, goes on when one fails, and ends with a table.
+
+Hydra calls this around every job, in the process that the job runs in, and around the whole multirun. A job that raises
+ends Hydra's own sweeps, and one that returns no number ends Optuna's. Here, by default,
+
+- a job that fails is noted with its reason and gives the sweeper no value: the others go on, and Optuna counts a failed
+  trial, from which it learns nothing;
+- a metric that is NaN, infinite, or was never logged is no value either;
+- the sweep ends with its table (`ldm_train.sweeps`) and, if any job of it did not finish, with the status 1.
+
+The table on the disk is made anew after each job, so that it is there whatever happens to the sweep's own process.
+"""
+
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from ldm_train.isolation import JobDiedError, JobFailedError
+from ldm_train.results import described
+from ldm_train.sweeps import (
+    FINISHED,
+    draw_table,
+    jobs_of_start,
+    save_job,
+    save_plan,
+    shown,
+    table_of_sweep,
+    unfinished,
+    write_table,
+)
+
+_log = logging.getLogger(__name__)
+
+GROUP = "WANDB_RUN_GROUP"
+_MOST_CHARACTERS = 100  # of a sweep's name: file systems have limits
+
+
+class SweepResults(Callback):
+    """Notes results and keeps a sweep going; see the module. `conf/hydra/default.yaml` installs it.
+
+    Args:
+        on_failure: `continue` with the other jobs, or `stop` the sweep at the first that fails, where jobs run one
+            after the other.
+        failed_value: what a sweeper is told of a job without a value; null, no value, is the honest answer. A number
+            makes a sampler of Optuna's that only learns from values keep away from such settings.
+
+    Raises:
+        ValueError: if `on_failure` is another word, or the value is not finite.
+    """
+
+    def __init__(self, on_failure: Literal["continue", "stop"] = "continue", failed_value: float | None = None) -> None:
+        if on_failure not in ("continue", "stop"):
+            raise ValueError(
+                f"on_failure is {on_failure!r}; allowed are continue and stop; change "
+                "`hydra.callbacks.results.on_failure`"
+            )
+        if failed_value is not None and not math.isfinite(failed_value):
+            raise ValueError(
+                f"failed_value is {failed_value}; allowed are null and finite numbers; change "
+                "`hydra.callbacks.results.failed_value`"
+            )
+        self.on_failure, self.failed_value = on_failure, failed_value
+        # Known in the process of the sweep; a launcher sends this object to the processes of the jobs.
+        self._directory: Path | None = None
+        self._group, self._start, self._owner = "", "", 0
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:  # noqa: ANN401
+        """Make the sweep's directory, and note the jobs that are known beforehand."""
+        name = sweep_name(config)
+        directory = Path(os.path.abspath(config.hydra.sweep.dir)) / f"sweep_{name}"
+        save_plan(directory, _planned(config))
+        self._group = f"{OmegaConf.select(config, 'name', default='unnamed')} {name}"
+        self._start = datetime.now().astimezone().isoformat()
+        self._directory, self._owner = directory, os.getpid()
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:  # noqa: ANN401
+        """Note that the job began; W&B shows the jobs of a sweep as one group."""
+        if self._directory is None:
+            return
+        self._refuse_shared_directory(config)
+        os.environ.setdefault(GROUP, self._group)
+        self._note(config, "running")
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:  # noqa: ANN401
+        """Note what became of the job, and give the sweeper something it can go on with."""
+        if self._directory is None:
+            return
+        metric = str(OmegaConf.select(config, "metric"))
+        state, reason = _outcome(job_return, metric)
+        self._note(config, state, reason=reason)
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            write_table(table_of_sweep(self._directory), self._directory)
+        if state == FINISHED:
+            return
+        _log.error("Job %s in %s: %s: %s", config.hydra.job.num, config.hydra.runtime.output_dir, state, reason)
+        job_return.status, job_return.return_value = JobStatus.COMPLETED, self.failed_value
+        if self.on_failure == "stop" and self._owner == os.getpid():
+            self._report()
+            sys.exit(1)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:  # noqa: ANN401
+        """Show the table; the status says whether all of its jobs finished."""
+        if self._directory is None:
+            return
+        if os.environ.get(GROUP) == self._group:
+            del os.environ[GROUP]
+        if self._report():
+            sys.exit(1)
+
+    def _refuse_shared_directory(self, config: DictConfig) -> None:
+        """End the sweep if an earlier job of it has the same directory: this one would go on with that one's run."""
+        assert self._directory is not None
+        run_dir, words = str(config.hydra.runtime.output_dir), _words(config)
+        for other in jobs_of_start(self._directory, self._start):
+            if other["run_dir"] == run_dir and other["overrides"] != words and other["number"] < config.hydra.job.num:
+                print(
+                    f"ldm_train: jobs {other['number']} and {config.hydra.job.num} of this sweep have the same "
+                    f"directory, {run_dir}; allowed is one for each; change `run_id`, so that it tells them apart",
+                    file=sys.stderr,
+                )
+                sys.exit(2)
+
+    def _note(self, config: DictConfig, state: str, **more: object) -> None:
+        if rank_zero_only.rank != 0 or self._directory is None:  # type: ignore[attr-defined]
+            return
+        facts = {
+            "run_dir": str(config.hydra.runtime.output_dir),
+            "metric": str(OmegaConf.select(config, "metric")),
+            "start": self._start,
+            "number": config.hydra.job.num,
+        }
+        save_job(self._directory, _words(config), {**facts, "state": state, **more})
+
+    def _report(self) -> bool:
+        """Print the table and draw it; whether a job of this start has not finished."""
+        assert self._directory is not None
+        table = table_of_sweep(self._directory)
+        path, picture = write_table(table, self._directory), draw_table(table, self._directory)
+        bad = unfinished(table, self._start)
+        where = f"{path}" if picture is None else f"{path}, {picture.name}"
+        print(
+            f"\n{shown(table)}\n\n{len(table.rows)} jobs, {len(bad)} of this sweep without a figure: {where}",
+            flush=True,
+        )
+        return bool(bad)
+
+
+def sweep_name(config: DictConfig) -> str:
+    """What a multirun is called: its option of the group `sweep`, else the keys that are swept."""
+    choice = config.hydra.runtime.choices.get("sweep")
+    if choice:
+        return str(choice)
+    last = {each.get_key_element(): each for each in _overrides(config)}
+    keys = [key for key, each in last.items() if each.is_sweep_override()]
+    return re.sub(r"[^\w.,-]", "_", ",".join(keys))[:_MOST_CHARACTERS] or "jobs"
+
+
+def _words(config: DictConfig) -> list[str]:
+    """The overrides as they were written: what they interpolate belongs to each job."""
+    words = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    assert isinstance(words, list)
+    return words
+
+
+def _overrides(config: DictConfig) -> list[Any]:
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    texts = [*(f"{key}={value}" for key, value in params.items()), *_words(config)]
+    return OverridesParser.create().parse_overrides(texts)
+
+
+def _planned(config: DictConfig) -> Sequence[Sequence[str]]:
+    """The overrides of every job, in the words of Hydra's own sweeper; other sweepers decide as they go."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    if not str(config.hydra.sweeper._target_).endswith(f".{BasicSweeper.__name__}"):
+        return []
+    return BasicSweeper.split_arguments(_overrides(config), None)[0]
+
+
+def _outcome(job_return: JobReturn, metric: str) -> tuple[str, str]:
+    if job_return.status == JobStatus.FAILED:
+        error = job_return._return_value
+        if isinstance(error, JobDiedError):
+            return "died", str(error)
+        return "failed", str(error) if isinstance(error, JobFailedError) else described(error)
+    value = job_return.return_value
+    if value is None:
+        return "no figure", f"{metric} was never logged; change `metric`"
+    if not math.isfinite(value):
+        return "no figure", f"{metric} is {value}"
+    return FINISHED, ""
