@@ -1,5 +1,6 @@
 """`python -m ldm_train experiment=...`: compose the config from `conf/`, then train."""
 
+import os
 import sys
 
 import hydra
@@ -11,17 +12,24 @@ from ldm_train.train import train
 register()
 
 
-@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-def main(cfg: DictConfig) -> float | None:
+def job(cfg: DictConfig) -> float | None:
     """Run one job."""
     try:
         return train(cfg)
     except ConfigError as error:
+        if "SUBMITIT_EXECUTOR" in os.environ:  # what is raised reaches the process that has submitted this one
+            raise
         print(f"ldm_train: {error}", file=sys.stderr)
         sys.exit(2)
 
 
+main = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)
+
+
 if __name__ == "__main__":
+    # By this name, and not by `__main__`, a submitted job finds the function, and what registers the resolvers.
+    from ldm_train.__main__ import main
+
     try:
         main()
     except SystemExit as stop:
