@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.callbacks import RunRecord, finish_wandb, listening
+from ldm_train.callbacks import RankWatch, RunRecord, finish_wandb, listening
 from ldm_train.checkpoint import UNTRAINED, load_weights, read_checkpoint, verify_checkpoint
 from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain, unwritable
 from ldm_train.data import ShardReadError, folders_of
@@ -67,7 +67,7 @@ def train(cfg: DictConfig) -> float | None:
             "one; change `resume`"
         )
     config = plain(cfg)
-    run = build(cfg, callbacks=(RunRecord(config),))
+    run = build(cfg, callbacks=(RunRecord(config), RankWatch(config)))
     with listening(run.trainer), _own_directory(run_dir, run.trainer):
         with _refusals():
             if cfg.task == "fit":
