@@ -24,6 +24,7 @@ import torch.distributed as dist
 _log = logging.getLogger(__name__)
 
 _MOST_LINES = 8
+_SECONDS_TO_READ = 5.0
 _ENDED = "ended"
 
 
@@ -51,12 +52,15 @@ def compare(store: dist.Store, topic: str, facts: Mapping[str, object], rank: in
         missing = _await(store, keys, seconds)
         found = "" if missing else _listed(differences([json.loads(word) for word in store.multi_get(keys)]))
         if missing:
-            found = f"nothing was heard of {named(missing)} within {seconds:.0f} s"
+            found = f"nothing was heard of {named(missing)} within {seconds:.0f} s; "
         store.set(f"{topic}/verdict", found)
     elif _await(store, [f"{topic}/verdict"], 1.5 * seconds + 5):
         raise RanksDifferError(f"{topic}: nothing was heard of rank 0 within {seconds:.0f} s; {_REMEDY}")
     if verdict := store.get(f"{topic}/verdict").decode():
-        raise RanksDifferError(f"{topic}: {verdict}; {_REMEDY}")
+        store.set(f"{topic}/{rank}/read", "")
+        if rank == 0:  # the store ends with this process, and others may still have to read
+            _await(store, [f"{topic}/{other}/read" for other in range(world_size)], _SECONDS_TO_READ)
+        raise RanksDifferError(f"{topic}: {verdict}{_REMEDY}")
 
 
 _REMEDY = (
@@ -117,8 +121,8 @@ class Pulse:
         rank: of this process.
         world_size: how many there are.
         every: seconds between two signs of life; after four without one a rank is called silent.
-        stall: seconds without progress on this rank after which the places of all are said; below the time-out of the
-            process group, which may end the process without a word.
+        stall: seconds without progress on rank 0 after which it says the places of all; below the time-out of the process
+            group, which may end the process without a word.
 
     Attributes:
         place: where the training of this rank is, for people; set it as often as you like.
@@ -178,9 +182,9 @@ class Pulse:
                 self._beat()
                 if self._rank == 0:
                     self._listen()
-                if time.monotonic() - moved > self._stall and not is_stalled:
-                    is_stalled = True
-                    self._say_places(time.monotonic() - moved)
+                    if time.monotonic() - moved > self._stall and not is_stalled:
+                        is_stalled = True
+                        self._say_places(time.monotonic() - moved)
                 lost = 0
             except RuntimeError:
                 lost += 1
@@ -210,10 +214,9 @@ class Pulse:
 
     def _say_places(self, seconds: float) -> None:
         words = self._words()
-        behind = [rank for rank, word in enumerate(words) if _place_of(word) != " ".join(map(str, self.place))]
-        if behind and self._rank == min(set(range(self._world_size)) - set(behind)):
+        if len({_place_of(word) for word in words}) > 1:
             _log.warning(
-                "waiting for %.0f s, and the ranks are in different places; the time-out is "
+                "nothing has moved for %.0f s, and the ranks are in different places; they wait for each other for "
                 "`trainer.strategy.timeout.seconds`:\n%s",
                 *(seconds, self._places(words, [])),
             )

@@ -32,4 +32,4 @@ again_after() {
 
 # The script outlives its processes, which get these too.
 trap : USR1 USR2 TERM
-trap 'again_after $?' EXIT
+trap 'status=$?; again_after $status || true; exit $status' EXIT

@@ -85,6 +85,7 @@ class RankWatch(L.Callback):
         # Errors of communication are RuntimeErrors; so are others, after which a look does no harm.
         if isinstance(exception, RuntimeError) and (report := self._pulse.report()):
             _log.error("%s", report)
+            exception.add_note(report)  # for whoever has submitted the job
         reason = next(iter(str(exception).splitlines()), "")
         self._pulse.stop(f"with {type(exception).__name__}: {reason}"[:300])
 
