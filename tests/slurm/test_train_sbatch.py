@@ -63,7 +63,7 @@ def overrides(call) -> dict[str, object]:
     return {item.key_or_group: item.value() for item in OverridesParser.create().parse_overrides(after)}
 
 
-@pytest.mark.parametrize("script", ["train.sbatch", "again.sh", "site.example.sh"])
+@pytest.mark.parametrize("script", ["train.sbatch", "array.sbatch", "again.sh", "site.example.sh"])
 def test_bash_can_read_it(script):
     subprocess.run(["bash", "-n", ROOT / "slurm" / script], check=True)
 
