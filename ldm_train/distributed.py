@@ -32,7 +32,9 @@ def duration(seconds: float) -> timedelta:
         ValueError: if it is no time to wait.
     """
     if not seconds > 0:
-        raise ValueError(f"seconds is {seconds}; allowed are seconds above 0; change `trainer.strategy.timeout.seconds`")
+        raise ValueError(
+            f"seconds is {seconds}; allowed are seconds above 0; change `trainer.strategy.timeout.seconds`"
+        )
     return timedelta(seconds=seconds)
 
 
@@ -43,6 +45,11 @@ def rank_store(name: str) -> dist.Store | None:
         name: of the conversation; keys of another do not meet its keys.
     """
     return dist.PrefixStore(name, _default_store().clone()) if _group_exists() else None
+
+
+def patience(store: dist.Store) -> timedelta:
+    """How long a rank waits for the others: the time-out of the run's process group, which its store has as well."""
+    return store.timeout  # type: ignore[attr-defined]
 
 
 def _default_store() -> dist.Store:
@@ -82,8 +89,8 @@ class Agreement:
     def __init__(self) -> None:
         self._group: dist.ProcessGroup | None = None
         if _group_exists():
-            # With the time-out of the run's own group, whose store tells it; a new group's would be half an hour.
-            self._group = dist.new_group(backend="gloo", timeout=_default_store().timeout)  # type: ignore[assignment]
+            # A group has a time-out of its own, half an hour if nobody says another.
+            self._group = dist.new_group(backend="gloo", timeout=patience(_default_store()))  # type: ignore[assignment]
         self._work: dist.Work | None = None
         self._pending = torch.zeros(1, dtype=torch.int64)
 

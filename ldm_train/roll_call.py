@@ -45,7 +45,7 @@ def compare(store: dist.Store, topic: str, facts: Mapping[str, object], rank: in
     Raises:
         RanksDifferError: on every rank, if one has other facts or does not come.
     """
-    seconds = store.timeout.total_seconds()
+    seconds = store.timeout.total_seconds()  # type: ignore[attr-defined]
     store.set(f"{topic}/{rank}", json.dumps({name: str(value) for name, value in facts.items()}))
     if rank == 0:
         keys = [f"{topic}/{other}" for other in range(world_size)]
@@ -64,8 +64,8 @@ def compare(store: dist.Store, topic: str, facts: Mapping[str, object], rank: in
 
 
 _REMEDY = (
-    "allowed are ranks that run the same code with the same config on the same data: give all of them the same command, "
-    "environment variables, installation and files, and if one only came late, more time by "
+    "allowed are ranks that run the same code with the same config on the same data: give all of them the same "
+    "command, environment variables, installation and files, and if one only came late, more time by "
     "`trainer.strategy.timeout.seconds`"
 )
 
@@ -121,8 +121,8 @@ class Pulse:
         rank: of this process.
         world_size: how many there are.
         every: seconds between two signs of life; after four without one a rank is called silent.
-        stall: seconds without progress on rank 0 after which it says the places of all; below the time-out of the process
-            group, which may end the process without a word.
+        stall: seconds without progress on rank 0 after which it says the places of all; below the time-out of the
+            process group, which may end the process without a word.
 
     Attributes:
         place: where the training of this rank is, for people; set it as often as you like.

@@ -1,4 +1,4 @@
-"""What a submitted job asks SLURM for, as far as the trainer's config says it: a process per GPU, and no GPU on the CPU.
+"""What a submitted job asks SLURM for, as the trainer's config says it: a process per GPU, and no GPU on the CPU.
 
 `conf/hydra/slurm.yaml` reads these two by the resolvers of the same names; everything else there is plain keys.
 """
@@ -16,7 +16,7 @@ def tasks_per_node(devices: object) -> int:
     if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
         raise ValueError(
             f"trainer.devices is {devices!r}; allowed in a job that is submitted is the number of its GPUs, or of its "
-            "processes, on each node; take `trainer=slurm` and change `trainer.devices`"
+            "processes, on each node; take `trainer=slurm`, and change `trainer.devices`"
         )
     return devices
 

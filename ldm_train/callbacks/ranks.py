@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 
 from ldm_train.callbacks.provenance import git_state, versions
-from ldm_train.distributed import rank_store
+from ldm_train.distributed import patience, rank_store
 from ldm_train.roll_call import Pulse, compare
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class RankWatch(L.Callback):
         self._store = rank_store(f"ldm_train/{self._calls}")
         if self._store is None:
             return
-        stall = 0.8 * self._store.timeout.total_seconds()
+        stall = 0.8 * patience(self._store).total_seconds()
         ranks = trainer.global_rank, trainer.world_size
         own = rank_store(f"ldm_train/{self._calls}")
         assert own is not None
@@ -58,9 +58,9 @@ class RankWatch(L.Callback):
             }
             compare(self._store, "the ranks would not stay together", lengths, trainer.global_rank, trainer.world_size)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:  # noqa: ANN401
         """The batch is here."""
-        self._is_at("batch", batch_idx, "of epoch", trainer.current_epoch)
+        self._is_at("batch", rest[-1], "of epoch", trainer.current_epoch)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:  # noqa: ANN401
         """The next one is waited for."""
@@ -112,5 +112,7 @@ def _facts(trainer: L.Trainer, config: dict[str, Any]) -> dict[str, object]:
 
 def _leaves(node: object, path: str = "") -> dict[str, object]:
     if isinstance(node, dict) and node:
-        return {k: v for key, value in node.items() for k, v in _leaves(value, f"{path}.{key}" if path else key).items()}
+        return {
+            k: v for key, value in node.items() for k, v in _leaves(value, f"{path}.{key}" if path else key).items()
+        }
     return {path: node}

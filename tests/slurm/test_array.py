@@ -35,7 +35,14 @@ def tool(folder, output):
     model.calibrate(torch.zeros(4), torch.ones(4))
     state = {f"autoencoder.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": state, "config": {"autoencoder": SMALL}}, folder / "autoencoder.ckpt")
-    words = ["--checkpoint", folder / "autoencoder.ckpt", "--data", folder / "shards/*.tar", "--output", folder / output]
+    words = [
+        "--checkpoint",
+        folder / "autoencoder.ckpt",
+        "--data",
+        folder / "shards/*.tar",
+        "--output",
+        folder / output,
+    ]
     return ["tools/cache_latents.py", *map(str, words), "--image-size", "16", "--device", "cpu", "--workers", "0"]
 
 
