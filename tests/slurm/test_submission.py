@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,9 +31,9 @@ TWO_NODES = ["trainer=slurm", "trainer.num_nodes=2", "trainer.accelerator=cpu", 
 PACE = ["+callbacks.pace._target_=tests.slurm.pace.Pace", "+callbacks.pace.seconds=0.2"]
 
 
-def trouble(kind, marker=None):
-    """Of rank 1, after three steps."""
-    overrides = [f"_target_=tests.slurm.trouble.{kind}", "rank=1", "step=3"]
+def trouble(kind, marker=None, rank=1):
+    """Of one rank, after three steps."""
+    overrides = [f"_target_=tests.slurm.trouble.{kind}", f"rank={rank}", "step=3"]
     overrides += [] if marker is None else [f"marker={marker}"]
     return [f"+callbacks.trouble.{override}" for override in overrides]
 
@@ -63,7 +64,7 @@ class Commands:
     def job(self):
         """The id of the job that was submitted last."""
         ids = self.cluster.run("squeue", "--noheader", "--states=all", "--format=%i").split()
-        return max(ids, key=int)
+        return max(ids, key=lambda each: int(each.split("_")[0]))
 
     def log(self, job, rank=0):
         return self.folder / f"debug/.submitit/{job}/{job}_{rank}_log.out"
@@ -122,15 +123,14 @@ def test_a_submitted_job_that_loses_its_nodes_ends_with_the_bits_of_one_by_srun_
 
 
 def test_what_a_submitted_job_raises_is_raised_by_the_command(commands):
-    assert commands.submit("raises", *trouble("Raises")).wait(200) == 1
-    assert "rank 1: ended with ValueError: a made-up mistake" in commands.said("raises")
+    assert commands.submit("raises", *trouble("Raises", rank=0)).wait(200) == 1
+    assert "ValueError: a made-up mistake" in commands.said("raises")
 
 
 def test_a_submitted_job_that_dies_is_told_by_the_command(commands):
     """Without the script that would start it again."""
     assert commands.submit("dies", *trouble("Dies"), "hydra.launcher.setup=['export SLURM_KILL_BAD_EXIT=1']").wait(300)
-    assert "UncompletedJobError" in commands.said("dies")
-    assert "(task: 1)" in commands.said("dies")
+    assert re.search("UncompletedJobError|ended without a result", commands.said("dies"))
     job = commands.job()
     assert "rank 1 does not answer" in commands.log(job).read_text()
 
