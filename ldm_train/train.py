@@ -34,6 +34,7 @@ _USUAL_LINES = ("GPU available: ", "TPU available: ", "💡 Tip: For seamless cl
 _USUAL_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"Found \d+ module\(s\) in eval mode at the start",  # frozen parts stay there
+    r"`broadcast_buffers` is deprecated",  # what takes its place is not in every version that is allowed
     r"Total length of `list` across ranks is zero",  # no validation images; the start-up summary counts them
 )
 _REMEDY = "change the key that names it, one of `data` or `paths`"
