@@ -32,6 +32,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, Interpolation
 from ldm_train.checkpoint import load_weights, read_checkpoint
 from ldm_train.data.locations import shown
 from ldm_train.secrets import without_secrets
+from ldm_train.submission import gpus_per_node, tasks_per_node
 
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 _TASKS = ("fit", "validate")
@@ -88,8 +89,10 @@ def register() -> None:
     resolvers: dict[str, Callable[..., Any]] = {
         "absolute": os.path.abspath,
         "asset": _asset,
+        "gpus_per_node": gpus_per_node,
         "plus": operator.add,
         "run_id": _run_id,
+        "tasks_per_node": tasks_per_node,
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)

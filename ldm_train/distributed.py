@@ -25,6 +25,37 @@ def world_size() -> int:
     return dist.get_world_size() if _group_exists() else 1
 
 
+def duration(seconds: float) -> timedelta:
+    """So many seconds, for a config: `trainer.strategy.timeout.seconds` is how long a rank waits for the others.
+
+    Raises:
+        ValueError: if it is no time to wait.
+    """
+    if not seconds > 0:
+        raise ValueError(
+            f"seconds is {seconds}; allowed are seconds above 0; change `trainer.strategy.timeout.seconds`"
+        )
+    return timedelta(seconds=seconds)
+
+
+def rank_store(name: str) -> dist.Store | None:
+    """A connection of its own to the words that ranks leave for each other on rank 0; None with one process.
+
+    Args:
+        name: of the conversation; keys of another do not meet its keys.
+    """
+    return dist.PrefixStore(name, _default_store().clone()) if _group_exists() else None
+
+
+def patience(store: dist.Store) -> timedelta:
+    """How long a rank waits for the others: the time-out of the run's process group, which its store has as well."""
+    return store.timeout  # type: ignore[attr-defined]
+
+
+def _default_store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
 def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum of `value` over all ranks; a new tensor, equal on every rank. Shape and dtype are kept."""
     total = value.detach().clone()
@@ -58,7 +89,8 @@ class Agreement:
     def __init__(self) -> None:
         self._group: dist.ProcessGroup | None = None
         if _group_exists():
-            self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]
+            # A group has a time-out of its own, half an hour if nobody says another.
+            self._group = dist.new_group(backend="gloo", timeout=patience(_default_store()))  # type: ignore[assignment]
         self._work: dist.Work | None = None
         self._pending = torch.zeros(1, dtype=torch.int64)
 

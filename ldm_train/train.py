@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.callbacks import RunRecord, finish_wandb, listening
+from ldm_train.callbacks import RankWatch, RunRecord, finish_wandb, listening
 from ldm_train.checkpoint import UNTRAINED, load_weights, read_checkpoint, verify_checkpoint
 from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain, unwritable
 from ldm_train.data import ShardReadError, folders_of
@@ -35,6 +35,7 @@ _USUAL_LINES = ("GPU available: ", "TPU available: ", "💡 Tip: For seamless cl
 _USUAL_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"Found \d+ module\(s\) in eval mode at the start",  # frozen parts stay there
+    r"`broadcast_buffers` is deprecated",  # what takes its place is not in every version that is allowed
     r"Total length of `list` across ranks is zero",  # no validation images; the start-up summary counts them
 )
 _REMEDY = "change the key that names it, one of `data` or `paths`"
@@ -68,7 +69,7 @@ def train(cfg: DictConfig) -> float | None:
             "one; change `resume`"
         )
     config = plain(cfg)
-    run = build(cfg, callbacks=(RunRecord(config),))
+    run = build(cfg, callbacks=(RunRecord(config), RankWatch(config)))
     goes_on = checkpoint is not None and checkpoint.is_relative_to(run_dir.absolute())
     with listening(run.trainer), _own_directory(run_dir, run.trainer), recorded(run_dir, run.trainer, goes_on):
         with _refusals():

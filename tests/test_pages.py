@@ -19,9 +19,14 @@ from omegaconf import DictConfig
 from ldm_train.config import check, conf_dir, register
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(ROOT.glob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "slurm" / "README.md"]
 OVERRIDE = re.compile(r"^[+~]*[\w./@]+=")
 WRITTEN_BY_RUNS = ("demo", "runs/", "quarantine/")
+WRITTEN_BY_USERS = {"slurm/site.sh"}
+SAID_BY_OTHERS = {  # SLURM, PyTorch, Lightning, submitit
+    "Timed out waiting", "Watchdog caught collective operation timeout", "in SLURM ... does not match", "NCCL WARN",
+    "timed-out too many times", "Bypassing sacct error",
+}  # fmt: skip
 
 
 def text(page: str) -> str:
@@ -56,6 +61,24 @@ def starting_with(*words: str) -> list[list[str]]:
     return [list(arguments) for arguments in sorted(rest)]
 
 
+def jobs(script: str) -> list[list[str]]:
+    """What the pages give to a batch script."""
+    return [rest[rest.index(script) + 1 :] for rest in starting_with("sbatch") if script in rest]
+
+
+def trainings() -> list[list[str]]:
+    """The arguments of every training, whatever starts it: python, srun, torchrun or a batch script."""
+    found = {tuple(words[words.index("ldm_train") + 1 :]) for words in commands() if "ldm_train" in words}
+    return [list(arguments) for arguments in sorted(found)] + [
+        ["trainer=slurm", *a] for a in jobs("slurm/train.sbatch")
+    ]
+
+
+def tools() -> list[list[str]]:
+    """The tools with their options, by python or in an array."""
+    return [a for a in starting_with("python") if a[0] != "-m"] + jobs("slurm/array.sbatch")
+
+
 def composed(overrides: list[str]) -> DictConfig:
     """The config of a command's first job: lists of values, in the command or in its sweep file, give their first."""
     single = [first(override) for override in overrides]
@@ -76,7 +99,10 @@ def first(override: str) -> str:
 
 def test_every_kind_of_command_is_found():
     """A page whose blocks are written in another way would pass all other tests."""
-    assert {Path(program).name for program, *_ in commands()} == {"make", "mkdir", "python", "source", "tar", "wandb"}
+    assert {Path(program).name for program, *_ in commands()} == {
+        "cp", "export", "make", "mkdir", "python", "python3", "sbatch", "source", "squeue", "srun", "tail", "tar",
+        "torchrun", "wandb",
+    }  # fmt: skip
     assert len(starting_with("python", "-m", "ldm_train")) >= 10
     assert ["demo"] in starting_with("make")
     assert ["test"] in starting_with("make")
@@ -94,6 +120,7 @@ def test_every_kind_of_command_is_found():
         "make_shards.py",
         "plot_schedule.py",
         "sample.py",
+        "sync_wandb.py",
     }
 
 
@@ -108,11 +135,11 @@ def test_every_experiment_has_its_command():
     assert len(lab_notes()) == len(list((conf_dir() / "experiment").glob("*.yaml")))
 
 
-@pytest.mark.parametrize("arguments", starting_with("python", "-m", "ldm_train"), ids=" ".join)
+@pytest.mark.parametrize("arguments", trainings(), ids=" ".join)
 def test_training_commands_compose_and_pass_the_checks(arguments):
     register()
     overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
-    assert set(arguments) - set(overrides) <= {"-m"}
+    assert set(arguments) - set(overrides) <= {"-m", "--dry-run"}
     check(composed(overrides))
 
 
@@ -155,7 +182,7 @@ def test_make_has_the_targets(arguments):
         assert f"$({variable})" in makefile
 
 
-@pytest.mark.parametrize("arguments", [a for a in starting_with("python") if a[0] != "-m"], ids=" ".join)
+@pytest.mark.parametrize("arguments", tools(), ids=" ".join)
 def test_tools_take_the_options(arguments, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
     tool, *options = arguments
@@ -186,13 +213,33 @@ def test_the_environment_is_where_make_puts_it():
     assert "VENV := .venv\n" in text("Makefile")
 
 
-@pytest.mark.parametrize("page", [page.name for page in PAGES])
+@pytest.mark.parametrize("arguments", starting_with("sbatch") + starting_with("srun"), ids=" ".join)
+def test_slurm_has_the_options(arguments):
+    end = next(number for number, argument in enumerate(arguments) if not argument.startswith("--"))
+    assert arguments[end] == "python" or (ROOT / arguments[end]).is_file()
+    allowed = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--kill-on-bad-exit", "--array"}
+    assert {argument.partition("=")[0] for argument in arguments[:end]} <= allowed
+
+
+def test_the_messages_of_the_page_for_clusters_are_said_somewhere():
+    rows = text("slurm/README.md").split("| it says | what it is | what helps |")[1].split("\n\n")[0].splitlines()[2:]
+    said = {message for row in rows for message in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
+    assert said > SAID_BY_OTHERS
+    sources = [*(ROOT / "ldm_train").rglob("*.py"), *(ROOT / "slurm").glob("*.sh")]
+    source = re.sub(r'"\s+f?"', "", "".join(path.read_text(encoding="utf-8") for path in sources))
+    pieces = [piece for message in said - SAID_BY_OTHERS for piece in re.sub("^rank 3 ", "", message).split(" ... ")]
+    assert [piece for piece in pieces if piece.replace("'auto'", "{devices!r}") not in source] == []
+
+
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
 def test_paths_and_links_exist(page):
     """Names in backticks that look like files of the repository or the package, and every link that stays in it."""
     code = re.sub(r"^ *```.*?^ *```", "", text(page), flags=re.DOTALL | re.MULTILINE)
     links = [link for link in re.findall(r"\]\(([^)]+)\)", code) if not urlparse(link).scheme]
-    missing = [link for link in links if not (ROOT / link.partition("#")[0]).exists()]
+    here = (ROOT / page).parent
+    missing = [link for link in links if not (here / link.partition("#")[0]).exists()]
     named = {name for name in re.findall(r"`([\w./-]+)`", code) if not name.startswith(WRITTEN_BY_RUNS)}
+    named -= WRITTEN_BY_USERS
     paths = {name for name in named if re.search(r"/$|/.*\.(py|yaml|sh|sbatch|md)$|^\.ci/|^\w+\.(py|md)$", name)}
     missing += [name for name in paths if not ((ROOT / name).exists() or (ROOT / "ldm_train" / name).exists())]
     assert missing == []
@@ -243,4 +290,4 @@ def test_the_sizes_in_the_table_from_tar_to_loss_are_those_of_the_demo():
 
 
 def test_no_figure_is_left_open():
-    assert [page.name for page in PAGES if "{FIGURE" in page.read_text(encoding="utf-8")] == []
+    assert [page for page in PAGES if "{FIGURE" in page.read_text(encoding="utf-8")] == []

@@ -17,6 +17,7 @@ from ldm_train.callbacks.loss_by_time import LossByTime
 from ldm_train.callbacks.preemption import Preempted, Preemption, interruptible, listening
 from ldm_train.callbacks.progress import progress_bar
 from ldm_train.callbacks.provenance import RunRecord
+from ldm_train.callbacks.ranks import RankWatch
 from ldm_train.callbacks.reconstruction import ReconstructionFrechet
 from ldm_train.callbacks.summary import RunSummary
 from ldm_train.callbacks.throughput import ThroughputMonitor
@@ -37,6 +38,7 @@ __all__ = [
     "NonFiniteLossError",
     "Preempted",
     "Preemption",
+    "RankWatch",
     "ReconstructionFrechet",
     "ReconstructionGrid",
     "RunRecord",

@@ -50,6 +50,11 @@ class RunRecord(L.Callback):
         """One start more than those that the checkpoint knows of."""
         self.restarts = checkpoint.get("provenance", {}).get("restarts", 0) + 1
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tells the job's script, where it asks, from which step this start goes on (`slurm/again.sh`)."""
+        if trainer.is_global_zero and (path := os.environ.get("LDM_START_FILE")):
+            Path(path).write_text(f"{trainer.global_step}\n", encoding="utf-8")
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds both."""
         checkpoint["config"] = self.config

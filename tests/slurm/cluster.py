@@ -9,7 +9,8 @@ of their own, so that a SLURM or munge of the system is not touched. Two partiti
 preempt those in `work`, which are requeued after a grace time.
 
 Where something is not as on a cluster: every node has this machine's host name; memory and CPUs are neither limited nor
-bound; there is no accounting, so `sacct` fails and `scontrol` alone remembers jobs; a requeued job may start again
+bound; there is no accounting: `scontrol` alone remembers jobs, and a small `sacct` that asks the controller stands for
+SLURM's own where submitit looks for a job's state; a requeued job may start again
 after a few seconds (`cred_expire`) and not after two minutes; the user's signal is sent at preemption
 (`preempt_send_user_signal`), which is a choice of the site.
 """
@@ -66,6 +67,15 @@ MinJobAge=86400
 ReturnToService=2
 """
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} State=UNKNOWN\n"
+SACCT = """#!/bin/sh
+# Submitit calls: sacct -o JobID,State,NodeList --parsable2 -j ID -j ID
+while [ $# -gt 0 ]; do
+    case $1 in -j) jobs="$jobs,$2"; shift ;; esac
+    shift
+done
+echo "JobID|State|NodeList"
+squeue --noheader --states=all --array --format="%i|%T|%N" --jobs="${jobs#,}"
+"""
 PARTITIONS = """
 PartitionName=work Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
@@ -93,7 +103,7 @@ class Cluster:
         self.config = folder / "slurm.conf"
         # Of SLURM's own variables none: a surrounding job must not be taken for this cluster's.
         own = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SRUN"))}
-        path = os.pathsep.join([os.environ.get("PATH", ""), *SBIN])
+        path = os.pathsep.join([str(folder / "bin"), os.environ.get("PATH", ""), *SBIN])
         # Lightning finds the first node by its name, which no name service knows.
         self.environment = own | {"PATH": path, "SLURM_CONF": str(self.config), "MASTER_ADDR": "127.0.0.1"}
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -201,6 +211,9 @@ class Cluster:
             text += NODE.format(name=name, host=host, port=port, cpus=self.cpus)
         self.config.write_text(text + PARTITIONS.format(grace=self.grace))
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=autodetect\n")
+        (self.folder / "bin").mkdir()
+        (self.folder / "bin" / "sacct").write_text(SACCT)
+        (self.folder / "bin" / "sacct").chmod(0o755)
 
     def _start_munge(self) -> None:
         key = self.folder / "munge.key"

@@ -16,8 +16,13 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "train.sbatch"
 FAKE_SRUN = """#!/usr/bin/env python3
 import json, os, sys
+if step := os.environ.get("STEP"): open(os.environ["LDM_START_FILE"], "w").write(step)
 json.dump({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}, open(os.environ["RECORD"], "w"))
 sys.exit(int(os.environ.get("STATUS", "0")))
+"""
+FAKE_SCONTROL = """#!/bin/sh
+echo "$@" >> "$RECORD.scontrol"
+if [ "$1" = show ]; then echo "JobId=$4 JobState=${STATE:-RUNNING} Reason=None"; fi
 """
 JOB = {"SLURM_JOB_ID": "4242", "SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "4"}
 
@@ -26,9 +31,11 @@ JOB = {"SLURM_JOB_ID": "4242", "SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "4"
 def submit(tmp_path):
     """Run a copy of the script, as SLURM does, with an `srun` that records how it was called."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "srun").write_text(FAKE_SRUN)
-    (tmp_path / "bin" / "srun").chmod(0o755)
+    for name, text in {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "repository" / "slurm").mkdir(parents=True)
+    shutil.copy(ROOT / "slurm" / "again.sh", tmp_path / "repository" / "slurm")
     spooled = tmp_path / "slurm_script"
     shutil.copy(SCRIPT, spooled)
 
@@ -56,7 +63,7 @@ def overrides(call) -> dict[str, object]:
     return {item.key_or_group: item.value() for item in OverridesParser.create().parse_overrides(after)}
 
 
-@pytest.mark.parametrize("script", ["train.sbatch", "site.example.sh"])
+@pytest.mark.parametrize("script", ["train.sbatch", "array.sbatch", "again.sh", "site.example.sh"])
 def test_bash_can_read_it(script):
     subprocess.run(["bash", "-n", ROOT / "slurm" / script], check=True)
 
@@ -103,6 +110,47 @@ def test_the_users_overrides_win_and_keep_their_spaces(submit):
 @pytest.mark.parametrize("status", [0, 1, 137])
 def test_exit_status_is_that_of_srun(submit, status):
     assert submit(STATUS=str(status))[0].returncode == status
+
+
+@pytest.fixture
+def requeues(tmp_path):
+    """How often the job was put into the queue again."""
+    record = tmp_path / "record.json.scontrol"
+    return lambda: record.read_text().count("requeue 4242\n") if record.exists() else 0
+
+
+@pytest.mark.parametrize("status", [134, 137, 139])
+def test_a_job_whose_process_was_killed_goes_into_the_queue_again(submit, requeues, status):
+    said = submit(STATUS=str(status), STEP="40")[0].stderr
+    assert requeues() == 1
+    assert f"a process died with status {status} in a start from step 40" in said
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 128, 138, 140, 143])
+def test_one_that_ended_by_itself_or_left_at_a_signal_does_not(submit, requeues, status):
+    submit(STATUS=str(status))
+    assert requeues() == 0
+
+
+def test_one_that_was_cancelled_or_is_in_the_queue_does_not(submit, requeues):
+    for state in ("CANCELLED", "COMPLETING", "PENDING"):
+        submit(STATUS="137", STATE=state)
+    assert requeues() == 0
+
+
+@pytest.mark.parametrize("step", ["40", ""])
+def test_one_that_dies_three_times_without_getting_further_is_left_alone(submit, requeues, step):
+    """Also one that dies before it says where it begins."""
+    process, _ = [submit(STATUS="137", STEP=step) for _ in range(3)][-1]
+    assert requeues() == 2
+    assert "all three began at step " in process.stderr
+    assert process.returncode == 137
+
+
+def test_one_that_gets_further_may_die_as_often_as_it_likes(submit, requeues):
+    for step in (0, 40, 40, 80, 80, 120):
+        submit(STATUS="137", STEP=str(step))
+    assert requeues() == 6
 
 
 def test_a_task_is_deaf_to_signals_until_python_listens(submit):

@@ -1,0 +1,118 @@
+"""Several processes are one run: they are compared before the first step, and watched from then on.
+
+A rank with another config, other data or other code computes something else, and the sum of its gradients with those of
+the others is nothing that anyone wanted; with another number of batches it waits for ever. So nothing starts before all
+ranks have shown the same (`ldm_train.roll_call`). With one process this does nothing.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from ldm_train.callbacks.provenance import git_state, versions
+from ldm_train.distributed import patience, rank_store
+from ldm_train.roll_call import Pulse, compare
+
+_log = logging.getLogger(__name__)
+
+
+class RankWatch(L.Callback):
+    """Compares the ranks, and names those that are silent.
+
+    Args:
+        config: the run's, as plain dictionaries, lists and values.
+        every: seconds between two signs of life.
+
+    Raises:
+        ldm_train.roll_call.RanksDifferError: before the first step, on every rank, if they differ.
+    """
+
+    def __init__(self, config: dict[str, Any], every: float = 2.0) -> None:
+        self.config, self.every = config, every
+        self._pulse: Pulse | None = None
+        self._calls = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Compares what is known before the model is shared out."""
+        self._calls += 1
+        self._store = rank_store(f"ldm_train/{self._calls}")
+        if self._store is None:
+            return
+        stall = 0.8 * patience(self._store).total_seconds()
+        ranks = trainer.global_rank, trainer.world_size
+        own = rank_store(f"ldm_train/{self._calls}")
+        assert own is not None
+        self._pulse = Pulse(own, *ranks, self.every, stall)
+        compare(self._store, "the ranks are not the same", _facts(trainer, self.config), *ranks)
+        self._pulse.start()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compares the lengths of the loaders."""
+        if self._store is not None:
+            lengths = {
+                "the number of training batches": trainer.num_training_batches,
+                "the number of validation batches": trainer.num_val_batches,
+                "the step to go on from": trainer.global_step,
+            }
+            compare(self._store, "the ranks would not stay together", lengths, trainer.global_rank, trainer.world_size)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:  # noqa: ANN401
+        """The batch is here."""
+        self._is_at("batch", rest[-1], "of epoch", trainer.current_epoch)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:  # noqa: ANN401
+        """The next one is waited for."""
+        self._is_at("after batch", rest[-1], "of epoch", trainer.current_epoch)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:  # noqa: ANN401
+        """The same in a validation."""
+        self._is_at("validation batch", rest[1])
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What judges the model follows."""
+        self._is_at("after the validation at step", trainer.global_step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The closing work follows."""
+        self._is_at("the closing work after step", trainer.global_step)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Looks who is silent, if another rank may be the reason; then says goodbye."""
+        if self._pulse is None:
+            return
+        # Errors of communication are RuntimeErrors; so are others, after which a look does no harm.
+        if isinstance(exception, RuntimeError) and (report := self._pulse.report()):
+            _log.error("%s", report)
+            exception.add_note(report)  # for whoever has submitted the job
+        reason = next(iter(str(exception).splitlines()), "")
+        self._pulse.stop(f"with {type(exception).__name__}: {reason}"[:300])
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Says goodbye."""
+        if self._pulse is not None:
+            self._pulse.stop("its work")
+
+    def _is_at(self, *place: object) -> None:
+        if self._pulse is not None:
+            self._pulse.place = place
+
+
+def _facts(trainer: L.Trainer, config: dict[str, Any]) -> dict[str, object]:
+    """All that has to be the same, under names for people."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    indices = {"training": getattr(data, "train_index", None), "validation": getattr(data, "val_index", None)}
+    git = git_state(Path(__file__).parents[2])
+    facts: dict[str, object] = {f"`{key}`": value for key, value in _leaves(config).items()}
+    facts |= {f"the fingerprint of the {name} data": getattr(i, "fingerprint", None) for name, i in indices.items()}
+    facts |= {f"the version of {name}": version for name, version in versions().items()}
+    return facts | {"the commit of the code": git and git["commit"], "the number of ranks": trainer.world_size}
+
+
+def _leaves(node: object, path: str = "") -> dict[str, object]:
+    if isinstance(node, dict) and node:
+        return {
+            k: v for key, value in node.items() for k, v in _leaves(value, f"{path}.{key}" if path else key).items()
+        }
+    return {path: node}

@@ -1,0 +1,242 @@
+"""What the ranks of a run say to each other beside the training: are we the same, who is silent?
+
+Both go through the store of the process group, a table of words on rank 0, and through no collective operation, so that
+they work while ranks are stuck in one, cost a step nothing, and can name a rank that does not answer.
+
+    compare     before the first step: every rank writes its facts, rank 0 compares them and writes the verdict, which
+                every rank reads: all raise the same error, or none does
+    Pulse       from then on: a thread on each rank writes every two seconds that the process lives, and where its
+                training is. Rank 0 reads all of it, and rank 1 hears when rank 0 is gone
+
+A silent rank is only spoken of: what ends the others is the time-out of the process group, its lost connections, or the
+launcher.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch.distributed as dist
+
+_log = logging.getLogger(__name__)
+
+_MOST_LINES = 8
+_SECONDS_TO_READ = 5.0
+_ENDED = "ended"
+
+
+class RanksDifferError(ValueError):
+    """Ranks that should be the same are not, or some are missing; the message names them."""
+
+
+def compare(store: dist.Store, topic: str, facts: Mapping[str, object], rank: int, world_size: int) -> None:
+    """See that all ranks have the same facts; waits until all are here.
+
+    Args:
+        store: of all ranks; its time-out is how long they wait for each other.
+        topic: what is compared, for the message; of two calls with one store no two have the same.
+        facts: plain values under names for people.
+        rank: of this process.
+        world_size: how many there are.
+
+    Raises:
+        RanksDifferError: on every rank, if one has other facts or does not come.
+    """
+    seconds = store.timeout.total_seconds()  # type: ignore[attr-defined]
+    store.set(f"{topic}/{rank}", json.dumps({name: str(value) for name, value in facts.items()}))
+    if rank == 0:
+        keys = [f"{topic}/{other}" for other in range(world_size)]
+        missing = _await(store, keys, seconds)
+        found = "" if missing else _listed(differences([json.loads(word) for word in store.multi_get(keys)]))
+        if missing:
+            found = f"nothing was heard of {named(missing)} within {seconds:.0f} s; "
+        store.set(f"{topic}/verdict", found)
+    elif _await(store, [f"{topic}/verdict"], 1.5 * seconds + 5):
+        raise RanksDifferError(f"{topic}: nothing was heard of rank 0 within {seconds:.0f} s; {_REMEDY}")
+    if verdict := store.get(f"{topic}/verdict").decode():
+        store.set(f"{topic}/{rank}/read", "")
+        if rank == 0:  # the store ends with this process, and others may still have to read
+            _await(store, [f"{topic}/{other}/read" for other in range(world_size)], _SECONDS_TO_READ)
+        raise RanksDifferError(f"{topic}: {verdict}{_REMEDY}")
+
+
+_REMEDY = (
+    "allowed are ranks that run the same code with the same config on the same data: give all of them the same "
+    "command, environment variables, installation and files, and if one only came late, more time by "
+    "`trainer.strategy.timeout.seconds`"
+)
+
+
+def differences(facts: Sequence[Mapping[str, str]]) -> list[str]:
+    """A line for each fact that is not the same on all ranks: its values, and who has them.
+
+    Args:
+        facts: of rank 0, 1, and so on.
+    """
+    lines = []
+    for name in sorted({name for each in facts for name in each}):
+        holders = defaultdict(list)
+        for rank, each in enumerate(facts):
+            holders[each.get(name, "nothing")].append(rank)
+        if len(holders) > 1:
+            lines.append(f"{name} is " + ", ".join(f"{value} on {named(ranks)}" for value, ranks in holders.items()))
+    return lines
+
+
+def named(ranks: Sequence[int]) -> str:
+    """`rank 3`, `ranks 0, 2, 5-7`."""
+    parts: list[list[int]] = []
+    for rank in sorted(ranks):
+        if parts and rank == parts[-1][-1] + 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    listed = ", ".join(f"{part[0]}" if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
+
+
+def _listed(lines: list[str]) -> str:
+    more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+    return "".join(f"\n  - {line}" for line in [*lines[:_MOST_LINES], *more]) + ("\n" if lines else "")
+
+
+def _await(store: dist.Store, keys: list[str], seconds: float) -> list[int]:
+    """The positions of the keys that are not there in that time."""
+    deadline = time.monotonic() + seconds
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            return [position for position, key in enumerate(keys) if not store.check([key])]
+        time.sleep(0.05)
+    return []
+
+
+class Pulse:
+    """Says that this rank lives, and where it is, and listens to the others.
+
+    Args:
+        store: a connection that nothing else uses.
+        rank: of this process.
+        world_size: how many there are.
+        every: seconds between two signs of life; after four without one a rank is called silent.
+        stall: seconds without progress on rank 0 after which it says the places of all; below the time-out of the
+            process group, which may end the process without a word.
+
+    Attributes:
+        place: where the training of this rank is, for people; set it as often as you like.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, every: float, stall: float) -> None:
+        self.place: tuple[object, ...] = ("the start",)
+        self._store, self._rank, self._world_size, self._every, self._stall = store, rank, world_size, every, stall
+        self._count = 0
+        self._stopped = threading.Event()
+        self._keys = [f"pulse/{other}" for other in range(world_size)]
+        self._heard: list[tuple[str, float]] = [("", time.monotonic())] * world_size
+        self._told: set[int] = set()
+        self._beat()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="pulse")
+
+    def start(self) -> None:
+        """Begin; every rank has been constructed by then (`compare`)."""
+        self._thread.start()
+
+    def stop(self, reason: str) -> None:
+        """Say why this rank is not heard of any more; harmless when repeated."""
+        if not self._stopped.is_set():
+            self._stopped.set()
+            if self._thread.is_alive():
+                self._thread.join(self._every)
+            self.place = (_ENDED, reason)
+            try:
+                self._beat()
+            except RuntimeError:
+                return  # rank 0 has gone, with the store
+
+    def report(self) -> str | None:
+        """After an error that another rank may have caused: who is silent, and where each of the others is.
+
+        Takes two and a half beats. None on a rank that need not say it, because one with a smaller number does.
+        """
+        try:
+            before = self._words()
+            time.sleep(2.5 * self._every)
+            after = self._words()
+        except RuntimeError:
+            return None if self._rank != 1 else f"rank 0 does not answer; {_GONE}"
+        silent = [r for r, (old, new) in enumerate(zip(before, after, strict=True)) if old == new and not _is_end(new)]
+        speaking = [r for r in range(self._world_size) if r not in silent and not _is_end(after[r])]
+        if not speaking or self._rank != speaking[0]:
+            return None
+        missing = f"{named(silent)} {'does' if len(silent) == 1 else 'do'} not answer; {_GONE}\n" if silent else ""
+        return missing + "The ranks were last heard of so:\n" + self._places(after, silent)
+
+    def _run(self) -> None:
+        moved, place, is_stalled, lost = time.monotonic(), self.place, False, 0
+        while not self._stopped.wait(self._every):
+            if self.place != place:
+                moved, place, is_stalled = time.monotonic(), self.place, False
+            try:
+                self._beat()
+                if self._rank == 0:
+                    self._listen()
+                    if time.monotonic() - moved > self._stall and not is_stalled:
+                        is_stalled = True
+                        self._say_places(time.monotonic() - moved)
+                lost = 0
+            except RuntimeError:
+                lost += 1
+                if lost == 3 and self._rank == 1:
+                    _log.error("rank 0 does not answer; %s", _GONE)
+                if lost == 3:
+                    return
+
+    def _beat(self) -> None:
+        self._count += 1
+        self._store.set(self._keys[self._rank], json.dumps([self._count, " ".join(map(str, self.place))]))
+
+    def _words(self) -> list[str]:
+        return [word.decode() for word in self._store.multi_get(self._keys)]
+
+    def _listen(self) -> None:
+        now = time.monotonic()
+        for rank, word in enumerate(self._words()):
+            if word != self._heard[rank][0]:
+                self._heard[rank] = (word, now)
+                if rank in self._told:
+                    self._told.remove(rank)
+                    _log.warning("rank %d is heard of again", rank)
+            elif now - self._heard[rank][1] > 4 * self._every and rank not in self._told and not _is_end(word):
+                self._told.add(rank)
+                _log.error("%s does not answer, last heard of at %s; %s", named([rank]), _place_of(word), _GONE)
+
+    def _say_places(self, seconds: float) -> None:
+        words = self._words()
+        if len({_place_of(word) for word in words}) > 1:
+            _log.warning(
+                "nothing has moved for %.0f s, and the ranks are in different places; they wait for each other for "
+                "`trainer.strategy.timeout.seconds`:\n%s",
+                *(seconds, self._places(words, [])),
+            )
+
+    def _places(self, words: list[str], silent: list[int]) -> str:
+        holders = defaultdict(list)
+        for rank, word in enumerate(words):
+            holders[_place_of(word) + (", silent since" if rank in silent else "")].append(rank)
+        return "\n".join(f"  - {named(ranks)}: {place}" for place, ranks in holders.items())
+
+
+_GONE = (
+    "its process was killed, or its machine is gone: see what the launcher says of it, and the memory it had. The job "
+    "ends; the same command goes on from the last checkpoint"
+)
+
+
+def _place_of(word: str) -> str:
+    return str(json.loads(word)[1])
+
+
+def _is_end(word: str) -> bool:
+    return _place_of(word).startswith(_ENDED)

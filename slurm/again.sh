@@ -1,0 +1,35 @@
+# Read by a job's script before it starts its processes: puts the job into the queue again if one of them was killed.
+#
+# SLURM does so by itself for a node that fails, and not for a process that does: one that the kernel kills for memory,
+# that a broken device aborts, or that the time-out of the process group ends. Its next start goes on from the last
+# checkpoint. A job that dies three times without having got further, as one does that lacks memory, is left to you; so
+# is one that ends by an error of its own (a status up to 128), which it would only meet again.
+
+job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}"
+job="${job:-$SLURM_JOB_ID}"
+
+# The training writes the step there that it goes on from.
+export LDM_START_FILE="${LDM_RUNS:-runs}/.starts/$job"
+mkdir -p "${LDM_START_FILE%/*}"
+rm -f "$LDM_START_FILE"
+
+again_after() {
+    # 128 + INT, USR1, USR2, TERM: the run was told to go, and has seen to the rest itself.
+    case $1 in [0-9] | [0-9][0-9] | 1[01]? | 12[0-8] | 130 | 138 | 140 | 143) return ;; esac
+    # Cancelled, or in the queue already.
+    scontrol show --oneliner job "$job" | grep -q " JobState=RUNNING " || return
+    local step
+    step=$(cat "$LDM_START_FILE" 2>/dev/null || echo "before the first")
+    echo "$step" >>"$LDM_START_FILE.deaths"
+    if [ "$(tail -n 3 "$LDM_START_FILE.deaths" | grep -cxF "$step")" = 3 ]; then
+        echo "job $job: a process died with status $1, as in the two starts before, and all three began at step $step;" \
+            "allowed are three deaths without a checkpoint between them; see above what ended it, and submit it again" >&2
+        return
+    fi
+    echo "job $job: a process died with status $1 in a start from step $step; the job goes into the queue again" >&2
+    scontrol requeue "$job"
+}
+
+# The script outlives its processes, which get these too.
+trap : USR1 USR2 TERM
+trap 'status=$?; again_after $status || true; exit $status' EXIT

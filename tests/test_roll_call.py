@@ -1,0 +1,134 @@
+"""Ranks that differ, are missing or fall silent are named, by threads that stand for ranks around one store."""
+
+import logging
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from ldm_train.roll_call import Pulse, RanksDifferError, compare, differences, named
+
+EVERY = 0.05
+
+
+def in_ranks(count, function, seconds=20.0):
+    """What `function(store, rank)` returns or raises on each rank, all at the same time."""
+    store, found = dist.HashStore(), [None] * count
+    store.set_timeout(timedelta(seconds=seconds))
+
+    def run(rank):
+        try:
+            found[rank] = function(store, rank)
+        except RanksDifferError as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
+def test_equal_ranks_pass_as_often_as_they_are_compared():
+    def twice(store, rank):
+        compare(store, "first", {"seed": 0}, rank, 3)
+        compare(store, "second", {"batches": 7}, rank, 3)
+        return "passed"
+
+    assert in_ranks(3, twice) == ["passed"] * 3
+
+
+def test_all_ranks_raise_the_same_error_and_it_names_who_has_what():
+    errors = in_ranks(4, lambda store, rank: compare(store, "not the same", {"seed": rank // 3, "limit": 5}, rank, 4))
+    assert len({str(error) for error in errors}) == 1
+    assert "\n  - seed is 0 on ranks 0-2, 1 on rank 3\n" in str(errors[0])
+    assert "limit" not in str(errors[0])
+    assert "allowed are ranks that run the same code" in str(errors[0])
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_rank_that_does_not_come_is_named_within_the_time_out(missing):
+    def come(store, rank):
+        return None if rank == missing else compare(store, "the start", {}, rank, 2)
+
+    began = time.monotonic()
+    errors = in_ranks(2, come, seconds=0.3)
+    assert f"nothing was heard of rank {missing}" in str(errors[1 - missing])
+    assert "`trainer.strategy.timeout.seconds`" in str(errors[1 - missing])
+    assert time.monotonic() - began < 10
+
+
+def test_what_one_rank_lacks_is_a_difference():
+    assert differences([{"a": "1", "b": "2"}, {"a": "1"}]) == ["b is 2 on rank 0, nothing on rank 1"]
+    assert differences([{"a": "1"}] * 3) == []
+
+
+def test_names_of_ranks_are_short():
+    assert [named(ranks) for ranks in ([3], [2, 0], [7, 5, 6, 0])] == ["rank 3", "ranks 0, 2", "ranks 0, 5-7"]
+
+
+@pytest.fixture
+def pulses():
+    """Three ranks' pulses around one store; those that live are stopped in the end."""
+    store = dist.HashStore()
+    found = [Pulse(store, rank, 3, EVERY, stall=4 * EVERY) for rank in range(3)]
+    yield found
+    for pulse in found:
+        pulse.stop("the test")
+
+
+def said(caplog, text, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while text not in caplog.text and time.monotonic() < deadline:
+        time.sleep(EVERY)
+    return text in caplog.text
+
+
+def test_a_rank_that_falls_silent_is_named_with_its_last_place(pulses, caplog):
+    pulses[2].place = ("batch", 12)
+    pulses[2]._beat()  # its thread never starts: it has died after this
+    for pulse in pulses[:2]:
+        pulse.start()
+    assert said(caplog, "rank 2 does not answer, last heard of at batch 12")
+    assert "rank 1 does" not in caplog.text
+    pulses[2].start()
+    assert said(caplog, "rank 2 is heard of again")
+
+
+def test_a_rank_that_says_goodbye_is_not_missed(pulses, caplog):
+    for pulse in pulses:
+        pulse.start()
+    pulses[1].stop("with ValueError: a mistake")
+    time.sleep(8 * EVERY)
+    assert "answer" not in caplog.text
+    assert "rank 1: ended with ValueError: a mistake" in pulses[0].report()
+
+
+def test_after_an_error_the_first_rank_that_lives_reports(pulses):
+    for pulse in pulses[1:]:
+        pulse.start()
+        pulse.place = ("batch", 3)
+    time.sleep(2 * EVERY)
+    report = pulses[1].report()
+    assert report.startswith("rank 0 does not answer")
+    assert "ranks 1-2: batch 3" in report
+    assert pulses[2].report() is None
+
+
+def test_ranks_that_wait_in_different_places_are_listed_before_the_time_out(pulses, caplog):
+    caplog.set_level(logging.WARNING)
+    for pulse, batch in zip(pulses, (5, 4, 5), strict=True):
+        pulse.place = ("batch", batch)
+        pulse.start()
+    assert said(caplog, "  - ranks 0, 2: batch 5\n  - rank 1: batch 4")
+
+
+def test_ranks_that_wait_together_are_left_alone(pulses, caplog):
+    for pulse in pulses:
+        pulse.place = ("the closing work",)
+        pulse.start()
+    time.sleep(10 * EVERY)
+    assert caplog.text == ""

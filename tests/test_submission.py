@@ -1,0 +1,55 @@
+"""`hydra=slurm` asks for what the trainer's config says, and says so where that is not enough."""
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
+
+from ldm_train.submission import gpus_per_node, tasks_per_node
+from tests.conftest import composed
+
+pytest.importorskip("submitit", reason='pip install "ldm-train[slurm]"')
+
+
+def launcher(*overrides):
+    cfg = composed("hydra=slurm", *overrides, return_hydra_config=True)
+    return cfg, OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
+
+
+@pytest.mark.parametrize("experiment", ["ldm_512", "autoencoder_kl_f8"])
+@pytest.mark.parametrize(("nodes", "devices"), [(1, 1), (3, 4)])
+def test_a_job_has_a_process_and_a_gpu_for_each_device(experiment, nodes, devices):
+    _, asked = launcher(f"experiment={experiment}", f"trainer.num_nodes={nodes}", f"trainer.devices={devices}")
+    assert (asked["nodes"], asked["tasks_per_node"], asked["gpus_per_node"]) == (nodes, devices, devices)
+
+
+def test_on_the_cpu_it_has_no_gpu():
+    _, asked = launcher("experiment=demo", "trainer=slurm", "trainer.accelerator=cpu", "trainer.devices=2")
+    assert (asked["tasks_per_node"], asked["gpus_per_node"]) == (2, None)
+
+
+def test_a_site_may_ask_in_its_own_way():
+    keys = ("hydra.launcher.gpus_per_node=null", "hydra.launcher.gres='gpu:a100:4'", "hydra.launcher.partition=long")
+    _, asked = launcher("experiment=ldm_512", "trainer.devices=4", *keys)
+    assert (asked["gpus_per_node"], asked["gres"], asked["partition"]) == (None, "gpu:a100:4", "long")
+
+
+def test_its_trainer_knows_slurm_and_its_signal_leaves_the_time_that_saving_may_take():
+    cfg, asked = launcher("experiment=ldm_512")
+    assert cfg.hydra.runtime.choices.trainer == "slurm"
+    assert asked["signal_delay_s"] == cfg.callbacks.preemption.grace_seconds
+    assert asked["max_num_timeout"] > 0
+    assert asked["timeout_min"] > 10  # for submitit, a signal in a shorter job is always a time limit
+
+
+def test_a_number_of_devices_that_nobody_knows_yet_is_refused():
+    with pytest.raises(InterpolationResolutionError, match=r"'auto'; allowed .* take `trainer=slurm`, and change") as e:
+        launcher("experiment=ldm_512", "trainer=ddp")
+    assert "`trainer.devices`" in str(e.value)
+
+
+@pytest.mark.parametrize("devices", ["auto", 0, -1, [0, 1], True])
+def test_what_is_no_number_of_devices_is_refused(devices):
+    with pytest.raises(ValueError, match=r"change `trainer\.devices`"):
+        tasks_per_node(devices)
+    with pytest.raises(ValueError, match=r"change `trainer\.devices`"):
+        gpus_per_node("auto", devices)
