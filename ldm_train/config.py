@@ -9,6 +9,7 @@ import difflib
 import inspect
 import operator
 import os
+import tempfile
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +54,7 @@ class Config:
     task: str = MISSING
     resume: str = MISSING
     metric: str = MISSING
+    dry_run: bool = False
     paths: dict[str, str] = field(default_factory=dict)
     data: Any = None
     autoencoder: Any = None
@@ -89,6 +91,7 @@ def register() -> None:
         "asset": _asset,
         "plus": operator.add,
         "run_id": _run_id,
+        "output_of": _output_of,
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
@@ -361,6 +364,16 @@ def _home(path: str) -> str:
 
 def _asset(relative: str) -> str:
     return str(Path(str(files("ldm_train"))) / "assets" / relative)
+
+
+def _output_of(is_dry: bool, directory: str) -> str:
+    """Where Hydra keeps its record of a run: a dry run's is thrown away."""
+    return str(dry_run_output()) if is_dry else directory
+
+
+def dry_run_output() -> Path:
+    """The folder of Hydra's record of a dry run, which nobody keeps."""
+    return Path(tempfile.gettempdir()) / f"ldm_train-dry-run-{os.getpid()}"
 
 
 def _run_id(default: str) -> str:
