@@ -186,18 +186,19 @@ def explain_override(error: BaseException | None) -> str | None:
 
 def unwritable(error: OSError) -> str:
     """What to do about a directory that cannot be made or written."""
+    where = error.filename or "the directory of the run"
     return (
-        f"{error.filename} cannot be written ({error.strerror}); allowed is a directory of yours with room in it; "
+        f"{where} cannot be written ({error.strerror}); allowed is a directory of yours with room in it; "
         "change `paths.root`, or the environment variable LDM_RUNS"
     )
 
 
 def explain_unmade(error: BaseException | None) -> str | None:
-    """The same, if the error is that a directory could not be made; `None` for all other errors."""
-    if not isinstance(error, OSError) or error.filename is None:
+    """The same, if Hydra could not make the run's directory or write its record; `None` for all other errors."""
+    if not isinstance(error, OSError):
         return None
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return unwritable(error) if frame.f_code.co_name == "mkdir" else None
+    names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return unwritable(error) if names[-1] == "mkdir" or "_save_config" in names else None
 
 
 def build(cfg: DictConfig, callbacks: tuple[L.Callback, ...] = ()) -> Run:
