@@ -239,20 +239,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="list what would be sent, then stop")
     add("--entity", help="the account or team (default: that of the key)")
     add("--project", help="in the place of the project that the runs were recorded for")
-    arguments = parser.parse_args(argv)
-    if missing := [str(folder) for folder in arguments.folders if not folder.is_dir()]:
-        parser.error(f"no folder: {', '.join(missing)}; allowed are folders of runs; change the path")
-    return arguments
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """0; 1 if something has to be sent again; 2 if nothing can be sent."""
     arguments = parse(argv)
+    errors = Console(stderr=True, soft_wrap=True)
+    if missing := [str(folder) for folder in arguments.folders if not folder.is_dir()]:
+        errors.print(
+            f"error: no folder: {', '.join(missing)}; allowed are folders of runs; change the path", style="red"
+        )
+        return 2
     runs = find_runs(arguments.folders)
     if arguments.dry_run:
         show([(run, planned(run)) for run in runs])
         return 0
-    errors = Console(stderr=True, soft_wrap=True)
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     key = _key(url)
     if key is None:

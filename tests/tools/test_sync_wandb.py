@@ -122,6 +122,11 @@ def test_a_server_that_is_not_there_costs_nothing(runs, monkeypatch, capsys):
     assert not list(runs.rglob("*.synced"))
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
+    assert sync_wandb.main([str(tmp_path / "nowhere")]) == 2
+    assert "allowed are folders of runs" in capsys.readouterr().err
+
+
 def test_without_a_key_nothing_is_tried(runs, monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
