@@ -238,8 +238,10 @@ def digest(module: nn.Module, without: tuple[str, ...] = ()) -> str:
     """
     result = hashlib.sha256()
     for name, value in drop_prefixes(module.state_dict(), without).items():
+        result.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
+        if value.is_meta:  # it has no values: a model that was built to be looked at
+            continue
         array = value.detach().cpu().contiguous()
-        result.update(f"{name}:{array.dtype}:{tuple(array.shape)}".encode())
         result.update(array.flatten().view(torch.uint8).numpy().data)
     return result.hexdigest()
 

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import operator
 import os
+import tempfile
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -55,6 +56,7 @@ class Config:
     task: str = MISSING
     resume: str = MISSING
     metric: str = MISSING
+    dry_run: bool = False
     paths: dict[str, str] = field(default_factory=dict)
     data: Any = None
     autoencoder: Any = None
@@ -90,6 +92,7 @@ def register() -> None:
         "absolute": os.path.abspath,
         "asset": _asset,
         "gpus_per_node": gpus_per_node,
+        "output_of": _output_of,
         "plus": operator.add,
         "run_id": _run_id,
         "tasks_per_node": tasks_per_node,
@@ -187,18 +190,19 @@ def explain_override(error: BaseException | None) -> str | None:
 
 def unwritable(error: OSError) -> str:
     """What to do about a directory that cannot be made or written."""
+    where = error.filename or "the directory of the run"
     return (
-        f"{error.filename} cannot be written ({error.strerror}); allowed is a directory of yours with room in it; "
+        f"{where} cannot be written ({error.strerror}); allowed is a directory of yours with room in it; "
         "change `paths.root`, or the environment variable LDM_RUNS"
     )
 
 
 def explain_unmade(error: BaseException | None) -> str | None:
-    """The same, if the error is that a directory could not be made; `None` for all other errors."""
-    if not isinstance(error, OSError) or error.filename is None:
+    """The same, if Hydra could not make the run's directory or write its record; `None` for all other errors."""
+    if not isinstance(error, OSError):
         return None
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return unwritable(error) if frame.f_code.co_name == "mkdir" else None
+    names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return unwritable(error) if names[-1] == "mkdir" or "_save_config" in names else None
 
 
 def build(cfg: DictConfig, callbacks: tuple[L.Callback, ...] = ()) -> Run:
@@ -365,6 +369,16 @@ def _home(path: str) -> str:
 
 def _asset(relative: str) -> str:
     return str(Path(str(files("ldm_train"))) / "assets" / relative)
+
+
+def _output_of(is_dry: bool, directory: str) -> str:
+    """Where Hydra keeps its record of a run: a dry run's is thrown away."""
+    return str(dry_run_output()) if is_dry else directory
+
+
+def dry_run_output() -> Path:
+    """The folder of Hydra's record of a dry run, which nobody keeps."""
+    return Path(tempfile.gettempdir()) / f"ldm_train-dry-run-{os.getpid()}"
 
 
 def _run_id(default: str) -> str:

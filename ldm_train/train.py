@@ -54,11 +54,7 @@ def train(cfg: DictConfig) -> float | None:
     Raises:
         ConfigError: if the config is refused; nothing has been touched then.
     """
-    check(cfg)
-    _make_checkpoints_absolute(cfg)
-    _refuse_sweep_of_subprocesses(cfg)
-    _refuse_half_weights(cfg)
-    _warn_of_secrets(cfg)
+    refuse(cfg)
     _hush_lightning()
     _keep_heap()
     run_dir = Path(cfg.paths.run_dir)
@@ -86,6 +82,15 @@ def train(cfg: DictConfig) -> float | None:
         finally:
             finish_wandb()
     return final_figure(run_dir, run.trainer, cfg.metric)
+
+
+def refuse(cfg: DictConfig) -> None:
+    """Refuse, with ConfigError, what can be refused before anything is built or touched."""
+    check(cfg)
+    _make_checkpoints_absolute(cfg)
+    _refuse_sweep_of_subprocesses(cfg)
+    _refuse_half_weights(cfg)
+    _warn_of_secrets(cfg)
 
 
 def _complete_folders(run: Run) -> None:
@@ -173,7 +178,7 @@ def _leaves(node: object, path: str = "stage") -> dict[str, object]:
     return {name: leaf for key, value in kept.items() for name, leaf in _leaves(value, f"{path}.{key}").items()}
 
 
-def _refuse_another_recipe(trained: dict[str, Any], asked: dict[str, Any], checkpoint: Path) -> None:
+def refuse_another_recipe(trained: dict[str, Any], asked: dict[str, Any], checkpoint: Path) -> None:
     """A run is one recipe from its first step to its last.
 
     Raises:
@@ -227,7 +232,7 @@ def _fit(run: Run, checkpoint: Path | None, config: dict[str, Any]) -> None:
         step = content["global_step"]
         if "config" not in content:
             raise ConfigError(not_of_a_run(checkpoint))
-        _refuse_another_recipe(content["config"], config, checkpoint)
+        refuse_another_recipe(content["config"], config, checkpoint)
         _log.info("Resuming from step %d of %s", step, checkpoint)
         if step >= run.trainer.max_steps >= 0:
             _log.info("This run has all of its %d steps already; more need a larger `trainer.max_steps`", step)

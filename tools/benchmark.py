@@ -3,6 +3,7 @@
     python tools/benchmark.py unet --unet sd1 --latents 64 --batch 8
     python tools/benchmark.py unet --unet sd1 --set channels=64 --latents 32 --batch 2 --device cpu --without bfloat16
     python tools/benchmark.py data --shards benchmark_shards/
+    python tools/benchmark.py steps
 
 `unet` times a training step, forward and backward, of an option of `conf/unet`. Optimisations are switched on one by
 one, each beside diffusers' U-Net of the same shape as its users get it: float32, contiguous, eager, fused attention.
@@ -29,6 +30,12 @@ by batch.
   device of the training; "converted as well": on this core.
 - the limit: of files in memory, all pixels decoded by torchvision and resized by torch, and nothing else; of cached
   latents, members in memory that become a batch. `data.reducing_gap=1` decodes fewer pixels.
+
+`steps` times what the callbacks that every run has add to a step that does nothing but take `--step-ms`: the agreement
+of the ranks on signals, the checkpoints' clock, and with all of them throughput, guard and progress. They take turns,
+in one process and in `--processes` on gloo. "added" is what a step takes more than without callbacks, "own" more than
+with as many that do nothing, which Lightning calls at each of its hooks all the same. Figures are medians over rounds
+of medians over blocks of 50 steps.
 """
 
 import argparse
@@ -40,6 +47,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from benchmark_data import DataRow, benchmark_data
+from benchmark_steps import StepRow, benchmark_steps
 from benchmark_unet import OPTIMISATIONS, Row, benchmark_unet
 from rich.console import Console
 from rich.table import Table
@@ -92,6 +100,19 @@ def data_table(rows: list[DataRow], facts: dict[str, object]) -> Table:
     return shown
 
 
+def steps_table(rows: list[StepRow], facts: dict[str, object]) -> Table:
+    """The rows of `steps` for people."""
+    shown = Table(title=f"steps of {facts['step_ms']:g} ms, medians of {facts['rounds']} rounds")
+    shown.add_column("callbacks", no_wrap=True)
+    for column in ("processes", "step, ms", "added, us", "of the step", "own, us", "of the step"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        cells = f"{row.processes}", f"{1e3 * row.step:.3f}", f"{1e6 * row.added:.1f}", f"{row.share:.2%}"
+        own = f"{1e6 * row.own:.1f}", f"{row.own_share:.2%}"
+        shown.add_row(row.name, *cells, *own, end_section=row.name == rows[-1].name)
+    return shown
+
+
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -140,12 +161,25 @@ def add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add("--output", type=Path, help="a JSON file for the figures")
 
 
+def add_steps(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The options of `steps`."""
+    add = commands.add_parser(
+        "steps", help="what callbacks add to a step", description="See --help of the tool."
+    ).add_argument
+    add("--step-ms", type=float, default=1.0, help="milliseconds of a step (default: %(default)s)")
+    add("--processes", type=positive, default=2, help="of the second part; 1 leaves it out (default: %(default)s)")
+    add("--rounds", type=positive, default=9, help="turns of each contender (default: %(default)s)")
+    add("--blocks", type=positive, default=10, help="timed blocks of 50 steps a turn (default: %(default)s)")
+    add("--output", type=Path, help="a JSON file for the figures")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     add_unet(commands)
     add_data(commands)
+    add_steps(commands)
     arguments = parser.parse_args(argv)
     if arguments.command == "unet" and arguments.warmup_s is None:
         arguments.warmup_s = GPU_WARMUP_S if arguments.device == "cuda" else 0.0
@@ -161,6 +195,9 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[Table, dic
     if arguments.command == "unet":
         steps, facts = benchmark_unet(arguments, console)
         return table(steps, facts), {**facts, "rows": [asdict(row) for row in steps]}
+    if arguments.command == "steps":
+        added, facts = benchmark_steps(arguments, console)
+        return steps_table(added, facts), {**facts, "rows": [asdict(row) for row in added]}
     with TemporaryDirectory() as folder:
         arguments.shards = arguments.shards or Path(folder)
         rows, facts = benchmark_data(arguments, console)

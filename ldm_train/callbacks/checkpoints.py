@@ -198,7 +198,7 @@ class CheckpointWriter(Checkpoint):
                 _take_name(last, self.directory / "previous.ckpt")
             replace_durably(temporary, last)
         except (OSError, RuntimeError, ValueError) as error:
-            found = CheckpointError(_message(last, step, error))
+            found = CheckpointError(_message(last, step, error, _num_bytes(checkpoint)))
             found.__cause__ = error
             return found
         finally:
@@ -251,12 +251,28 @@ def _remove(path: Path) -> None:
         return
 
 
-def _message(path: Path, step: int, error: Exception) -> str:
+def _num_bytes(content: object) -> int:
+    """The size of all tensors in it."""
+    if isinstance(content, torch.Tensor):
+        return content.numel() * content.element_size()
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else ()
+    return sum(map(_num_bytes, parts))
+
+
+def _of_system(error: BaseException) -> BaseException:
+    """What the system said first: torch, when a write fails, says in its place where its archive broke off."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error
+
+
+def _message(path: Path, step: int, error: Exception, needed: int) -> str:
     try:
-        free = f"{shutil.disk_usage(path.parent).free / 2**30:.2f} GiB are free"
+        free = f"{needed / 2**20:,.1f} MiB are needed and {shutil.disk_usage(path.parent).free / 2**20:,.1f} MiB free"
     except OSError:
         free = "its directory cannot be read"
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    reason = next(iter(str(_of_system(error)).splitlines()), type(error).__name__)
     return (
         f"step {step} could not be saved as {path} ({reason}; {free}); the checkpoint before it is untouched. Allowed "
         "is a directory that can be written and has room for one checkpoint more than it keeps: make room, or change "

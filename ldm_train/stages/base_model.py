@@ -75,7 +75,8 @@ def check_finite(network: torch.nn.Module) -> None:
     Raises:
         ValueError: if a weight is not finite.
     """
-    broken = [name for name, value in network.state_dict().items() if not bool(torch.isfinite(value).all())]
+    values = {name: value for name, value in network.state_dict().items() if not value.is_meta}
+    broken = [name for name, value in values.items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise ValueError(
             f"{len(broken)} tensors of the base model's U-Net hold values that are not finite, the first is "

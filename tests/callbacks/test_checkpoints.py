@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import random
+import re
 import subprocess
 from pathlib import Path
 
@@ -97,7 +98,8 @@ def test_any_cut_and_any_changed_byte_is_noticed_and_the_one_before_taken(tmp_pa
     last, previous = (tmp_path / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
     whole, draw = last.read_bytes(), random.Random(0)
     offset = whole.index(read_checkpoint(last)["state_dict"]["colours.weight"].numpy().tobytes())
-    damaged = [whole[: draw.randrange(len(whole))] for _ in range(40)]
+    twentieth = len(whole) / 20
+    damaged = [whole[: int((part + draw.random()) * twentieth)] for part in range(20) for _ in range(2)]
     damaged += [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in (offset, offset + 100)]
     for content in damaged:
         last.write_bytes(content)
@@ -126,7 +128,9 @@ def assert_refused_and_untouched(directory, write):
     assert "could not be saved" in str(error.value)
     assert "Allowed is a directory that can be written" in str(error.value)
     assert "change `paths.root`" in str(error.value)
+    assert re.search(r"[\d.]+ MiB are needed and [\d.,]+ MiB free", str(error.value))
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    return str(error.value)
 
 
 def test_what_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
@@ -138,6 +142,34 @@ def test_what_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, mo
 
     monkeypatch.setattr(torch, "save", save)
     assert_refused_and_untouched(tmp_path, lambda: fit(tmp_path))
+
+
+class Full:
+    """A file on a disk that takes so many bytes."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        taken = bytes(data)[: self.room]
+        self.file.write(taken)
+        self.room -= len(taken)
+        if len(taken) < len(data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return len(taken)
+
+    def flush(self):
+        self.file.flush()
+
+
+@pytest.mark.parametrize("share", [k / 20 for k in range(20)])
+def test_a_disk_that_is_full_after_any_byte_costs_no_checkpoint(tmp_path, monkeypatch, share):
+    fit(tmp_path)
+    original, size = torch.save, (tmp_path / "last.ckpt").stat().st_size
+    monkeypatch.setattr(torch, "save", lambda content, file: original(content, Full(file, int(share * size))))
+    assert "No space left" in assert_refused_and_untouched(tmp_path, lambda: fit(tmp_path))
+    assert steps(tmp_path) == {"last.ckpt": 6, "previous.ckpt": 5}
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_what_cannot_be_read_back_does_not_become_the_last(tmp_path, monkeypatch):

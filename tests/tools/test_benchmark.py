@@ -2,13 +2,17 @@
 
 import json
 import re
+import time
 from itertools import pairwise
 
 import benchmark
+import benchmark_steps
 import pytest
 from benchmark_unet import RESET_FILE, Inputs, Setting, counted_flops, our_network, unet_node
 from torch import nn
 from torch.nn import functional as F
+
+from ldm_train.callbacks import Preemption
 
 SMALL = ["unet", "--unet", "tiny", "--context", "7", "--context-dim", "16", "--device", "cpu", "--steps", "1"]
 SMALLER = [*SMALL, "--set", "channels=16", "--latents", "8", "--batch", "2"]
@@ -117,3 +121,36 @@ def test_options_out_of_range_are_refused_with_what_is_allowed(options, capsys):
     assert refused.value.code == 2
     error = capsys.readouterr().err
     assert re.search(rf"argument {options[0]}: .*{options[1]}.*(allowed|choose from)", error)
+
+
+def test_what_callbacks_add_is_told_beside_those_that_do_nothing(tmp_path, capsys):
+    options = ["steps", "--step-ms", "0.5", "--processes", "1", "--rounds", "1", "--blocks", "1"]
+    rows = figures(tmp_path, *options)["rows"]
+    assert [row["name"] for row in rows] == ["preemption", "preemption, checkpoints", "all"]
+    for row in rows:
+        assert row["step"] > 0.0005
+        assert row["share"] == pytest.approx(row["added"] / (row["step"] - row["added"]))
+        assert row["own_share"] / row["share"] == pytest.approx(row["own"] / row["added"])
+    assert "steps of 0.5 ms" in capsys.readouterr().out
+
+
+def test_a_callback_that_takes_time_shows_it(monkeypatch, tmp_path):
+    """A millisecond in each step is a millisecond added, and its own."""
+
+    class Slow(Preemption):
+        def on_train_batch_end(self, *arguments):
+            began = time.process_time()
+            while time.process_time() - began < 1e-3:
+                pass
+
+    monkeypatch.setattr(benchmark_steps, "Preemption", Slow)
+    rows = figures(tmp_path, "steps", "--processes", "1", "--rounds", "1", "--blocks", "2")["rows"]
+    for row in rows:
+        assert row["own"] == pytest.approx(1e-3, rel=0.8)
+
+
+@pytest.mark.thorough
+@pytest.mark.distributed
+def test_two_processes_take_their_turns_together(tmp_path):
+    rows = figures(tmp_path, "steps", "--step-ms", "0.1", "--rounds", "1", "--blocks", "1")["rows"]
+    assert [row["processes"] for row in rows] == [1, 1, 1, 2, 2, 2]

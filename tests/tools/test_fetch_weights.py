@@ -150,3 +150,66 @@ def test_every_published_name_says_its_digest(name, tmp_path):
     file = fetch_weights.WEIGHTS[name].file
     (tmp_path / file).write_bytes(b"")
     assert not fetch_weights.is_published(tmp_path / file, file)
+
+
+@pytest.fixture
+def run_of(server, monkeypatch, tmp_path):
+    """Overrides of a run whose text encoder and VGG16 are the published file of the test."""
+    tiny = fetch_weights.WEIGHTS["tiny"]
+    for name in ("clip_l14", "vgg16"):
+        monkeypatch.setitem(fetch_weights.WEIGHTS, name, tiny)
+    return [
+        "experiment=ldm_512",
+        "perceptual=lpips",
+        f"paths.root={tmp_path}/runs",
+        f"perceptual.backbone={tmp_path}/vgg/{FILE}",
+        f"conditioner.encoder.weights={tmp_path}/mine/clip.safetensors",
+    ]
+
+
+def test_a_run_s_files_arrive_where_the_run_looks_for_them(run_of, tmp_path, capsys, server):
+    assert fetch_weights.main([*run_of, "stage.autoencoder.checkpoint=untrained"]) == 0
+    for path in (tmp_path / "vgg" / FILE, tmp_path / "mine/clip.safetensors"):
+        assert path.read_bytes() == CONTENT
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in listed] == ["perceptual.backbone", "conditioner.encoder.weights"]
+    assert all(f"(2.6 MB, sha256 {digest}, there)" in line for line in listed)
+    assert fetch_weights.main([*run_of, "stage.autoencoder.checkpoint=untrained"]) == 0
+    assert server[2].requests == 2
+
+
+def test_a_list_fetches_nothing_and_says_what_is_missing(run_of, tmp_path, capsys, server):
+    (tmp_path / "vgg").mkdir()
+    (tmp_path / "vgg" / FILE).write_bytes(b"cut")
+    assert fetch_weights.main([*run_of, "--list"]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["perceptual.backbone"].endswith("damaged, or another one)")
+    digits = fetch_weights.digest_of(FILE)
+    assert lines["conditioner.encoder.weights"].endswith(f"(2.6 MB, sha256 {digits}..., not there)")
+    assert lines["stage.autoencoder.checkpoint"].endswith("(?, sha256 unknown, not there)")
+    assert server[2].requests == 0
+    assert names(tmp_path / "mine") == []
+
+
+def test_what_nobody_publishes_is_named_after_all_else_was_fetched(run_of, tmp_path, capsys):
+    assert fetch_weights.main(run_of) == 2
+    assert (tmp_path / "mine/clip.safetensors").read_bytes() == CONTENT
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"`stage.autoencoder.checkpoint`: {tmp_path}/runs/autoencoder_kl_f8" in message
+    assert "make it first" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["experiment=nothing"], "experiment/nothing"), (["experiment=demo", "unet.chanels=3"], "unet.chanels")],
+)
+def test_overrides_that_do_not_compose_are_refused(arguments, said, capsys):
+    assert fetch_weights.main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_names_and_overrides_do_not_mix(capsys):
+    with pytest.raises(SystemExit):
+        fetch_weights.main(["vgg16", "experiment=demo"])
+    assert "give one kind" in capsys.readouterr().err
