@@ -171,13 +171,6 @@ def test_a_job_needs_a_task_for_each_process(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_the_flag_is_the_key_and_leaves_no_file_of_hydra(tmp_path):
     assert as_overrides(["x", "--dry-run", "a=b"]) == ["x", "dry_run=true", "a=b"]
-
-
-@pytest.mark.parametrize("flag", ["-m", "--multirun"])
-def test_several_jobs_are_not_started_to_be_checked(flag):
-    assert as_overrides(["x", flag, "a=1,2"]) == ["x", flag, "a=1,2"]
-    with pytest.raises(SystemExit, match=rf"several jobs \({flag}\); allowed is one job"):
-        as_overrides(["x", flag, "a=1,2", "--dry-run"])
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
     environment.pop("LDM_RUNS", None)
     (tmp_path / "temporary").mkdir()
@@ -194,3 +187,10 @@ def test_what_a_dry_run_passes_can_be_trained(tiny_runs, tmp_path):
     options = ["sampler.num_steps=2", "callbacks.samples=null", "trainer.max_steps=2"]
     assert not states(found(*own, *options, root=tmp_path), "failed")
     train(composed(*own, *options, root=tmp_path))
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_several_jobs_are_not_started_to_be_checked(flag):
+    assert as_overrides(["x", flag, "a=1,2"]) == ["x", flag, "a=1,2"]
+    with pytest.raises(SystemExit, match=rf"several jobs \({flag}\); allowed is one job"):
+        as_overrides(["x", flag, "a=1,2", "--dry-run"])
