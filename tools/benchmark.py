@@ -34,8 +34,8 @@ by batch.
 `steps` times what the callbacks that every run has add to a step that does nothing but take `--step-ms`: the agreement
 of the ranks on signals, the checkpoints' clock, and with all of them throughput, guard and progress. They take turns,
 in one process and in `--processes` on gloo. "added" is what a step takes more than without callbacks, "own" more than
-with as many that do nothing, which Lightning calls at each of its hooks all the same. Figures are medians over rounds
-of medians over blocks of 50 steps.
+with as many that do nothing, which Lightning calls at each of its hooks all the same. Figures are medians over rounds;
+in a round each has 50 steps in a row.
 """
 
 import argparse
@@ -168,8 +168,7 @@ def add_steps(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     ).add_argument
     add("--step-ms", type=float, default=1.0, help="milliseconds of a step (default: %(default)s)")
     add("--processes", type=positive, default=2, help="of the second part; 1 leaves it out (default: %(default)s)")
-    add("--rounds", type=positive, default=9, help="turns of each contender (default: %(default)s)")
-    add("--blocks", type=positive, default=10, help="timed blocks of 50 steps a turn (default: %(default)s)")
+    add("--rounds", type=positive, default=40, help="turns of 50 steps of each (default: %(default)s)")
     add("--output", type=Path, help="a JSON file for the figures")
 
 

@@ -1,8 +1,9 @@
 """What this package's callbacks add to a training step, on steps that do nothing else: see `benchmark.py`.
 
-A step is `step_ms` of spinning and a parameter; its time is taken over blocks of steps, so that what happens once in
-many steps has its share. With one process the clock is its own, and other programs do not count; with several it is the
-wall's, for they wait for each other.
+A step is `step_ms` of spinning and a parameter. In one run the trainer's callbacks change every 50 steps, which are
+timed as a whole, so that what happens once in many steps has its share, and what slows the machine down slows all. With
+one process the clock is its own, and the turns of other programs do not count; with several it is the wall's, for they
+wait for each other.
 """
 
 import argparse
@@ -17,20 +18,17 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 from rich.console import Console
 from torch.utils.data import DataLoader, IterableDataset
 
 from ldm_train.callbacks import CheckpointWriter, NonFiniteGuard, Preemption, ThroughputMonitor, progress_bar
 
 BLOCK = 50  # steps: as many as between two logged ones
-WARMUP = 2  # blocks
 HOUR = 60.0  # minutes: no save falls due
 _COUNTS = {"preemption": 1, "preemption, checkpoints": 2, "all": 5}  # row -> its callbacks
 
@@ -58,23 +56,57 @@ class StepRow:
     own_share: float
 
 
-class Spinning(L.LightningModule):
-    """A step that takes its time and changes one parameter."""
+class Turns(L.LightningModule):
+    """Steps that take their time and change one parameter, while the trainer's callbacks change from block to block.
 
-    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+    Args:
+        variants: name -> callbacks.
+        rounds: how often each has its turn; another one begins each time.
+        seconds: of a step.
+        clock: what they are measured by.
+
+    Attributes:
+        found: name -> seconds of a step in each of its blocks.
+    """
+
+    def __init__(
+        self, variants: dict[str, list[L.Callback]], rounds: int, seconds: float, clock: Callable[[], float]
+    ) -> None:
         super().__init__()
-        self.seconds, self.clock = seconds, clock
+        self.variants, self.seconds, self.clock = variants, seconds, clock
+        names = list(variants)
+        turns = [names[number % len(names) :] + names[: number % len(names)] for number in range(rounds)]
+        self.order = [*names, *(name for turn in turns for name in turn)]  # each once to warm up
+        self.found: dict[str, list[float]] = {name: [] for name in names}
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.marks: list[float] = []
+        self._began = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        """Those of all blocks, and a few in which the last ones are saved."""
+        return BLOCK * len(self.order) + 3
 
     def training_step(self, batch: dict[str, object], batch_idx: int) -> torch.Tensor:
         """Spin."""
-        began = self.clock()
         if batch_idx % BLOCK == 0:
-            self.marks.append(began)
+            self._next_block(batch_idx // BLOCK)
+        began = self.clock()
         while self.clock() - began < self.seconds:
             pass
         return self.weight.sum()
+
+    def _next_block(self, number: int) -> None:
+        now = self.clock()
+        if number > len(self.variants):
+            self.found[self.order[number - 1]].append((now - self._began) / BLOCK)
+        if number == 0:
+            self.timed = self.trainer.profiler  # type: ignore[attr-defined]
+        if number < len(self.order):
+            callbacks = self.variants[self.order[number]]
+            self.trainer.callbacks = callbacks  # type: ignore[attr-defined]
+            is_timed = any(isinstance(callback, ThroughputMonitor) for callback in callbacks)
+            self.trainer.profiler = self.timed if is_timed else self.timed.inner  # type: ignore[attr-defined]
+        self._began = self.clock()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Plain descent."""
@@ -90,18 +122,16 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             yield batch
 
 
-def contenders(folder: str) -> dict[str, Callable[[], list[L.Callback]]]:
-    """Name of a row -> its callbacks."""
-
-    def writer() -> CheckpointWriter:
-        return CheckpointWriter(folder, every_n_steps=None, every_minutes=HOUR)
-
+def variants(folder: str) -> dict[str, list[L.Callback]]:
+    """Name -> callbacks; those of one kind are one."""
+    preemption, clock = Preemption(), CheckpointWriter(folder, every_n_steps=None, every_minutes=HOUR)
+    idle = [L.Callback() for _ in range(5)]
     return {
-        "none": list,
-        "preemption": lambda: [Preemption()],
-        "preemption, checkpoints": lambda: [Preemption(), writer()],
-        "all": lambda: [ThroughputMonitor(), NonFiniteGuard(), Preemption(), progress_bar(), writer()],
-        **{_idle(count): lambda count=count: [L.Callback() for _ in range(count)] for count in _COUNTS.values()},
+        "none": [],
+        "preemption": [preemption],
+        "preemption, checkpoints": [preemption, clock],
+        "all": [ThroughputMonitor(), NonFiniteGuard(), progress_bar(), preemption, clock],
+        **{_idle(count): idle[:count] for count in _COUNTS.values()},
     }
 
 
@@ -109,39 +139,19 @@ def _idle(count: int) -> str:
     return f"{count} that do nothing"
 
 
-def block_times(
-    callbacks: list[L.Callback], arguments: argparse.Namespace, processes: int, clock: Callable[[], float]
-) -> list[float]:
-    """Seconds of a step in each block of a run."""
-    module = Spinning(arguments.step_ms / 1000, clock)
-    # The last steps are saved: the blocks end before them.
-    steps = BLOCK * (WARMUP + arguments.blocks + 1) + 3
-    trainer = L.Trainer(
-        callbacks=callbacks, max_steps=steps, max_epochs=-1, accelerator="cpu", devices=processes,
-        strategy="ddp" if processes > 1 else "auto", logger=False, log_every_n_steps=BLOCK,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        enable_progress_bar=len(callbacks) > 2, enable_model_summary=False, default_root_dir=arguments.folder,
-    )  # fmt: skip
-    with redirect_stdout(StringIO()):
-        trainer.fit(module, DataLoader(Batches(), batch_size=None))
-    marks = module.marks[WARMUP : WARMUP + arguments.blocks + 1]
-    return [(after - before) / BLOCK for before, after in pairwise(marks)]
-
-
 def rounds(arguments: argparse.Namespace, processes: int) -> dict[str, list[float]]:
-    """Name -> the step's median time in each round; they take turns, another one first each time."""
+    """Name -> seconds of a step in each of its turns."""
     clock = time.process_time if processes == 1 else time.perf_counter
-    found: dict[str, list[float]] = {}
-    names = list(contenders(""))
-    with tempfile.TemporaryDirectory() as folder:
-        arguments.folder = folder
-        block_times([], arguments, processes, clock)
-        for number in range(arguments.rounds):
-            turn = number % len(names)
-            for name in [*names[turn:], *names[:turn]]:
-                times = block_times(contenders(folder)[name](), arguments, processes, clock)
-                found.setdefault(name, []).append(median(times))
-    return found
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        each = variants(folder)
+        module = Turns(each, arguments.rounds, arguments.step_ms / 1000, clock)
+        trainer = L.Trainer(
+            callbacks=each["all"] + each[_idle(5)], max_steps=module.num_steps, max_epochs=-1, accelerator="cpu",
+            devices=processes, strategy="ddp" if processes > 1 else "auto", logger=False, log_every_n_steps=BLOCK,
+            enable_model_summary=False, default_root_dir=folder,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(Batches(), batch_size=None))
+    return module.found
 
 
 def rows_of(found: dict[str, list[float]], processes: int) -> list[StepRow]:
@@ -191,4 +201,4 @@ def benchmark_steps(arguments: argparse.Namespace, console: Console) -> tuple[li
             given = (arguments.processes, port, arguments, output)
             torch.multiprocessing.spawn(_rank, given, nprocs=arguments.processes)
             rows += rows_of(json.loads(Path(output).read_text()), arguments.processes)
-    return rows, {"step_ms": arguments.step_ms, "rounds": arguments.rounds, "blocks": arguments.blocks}
+    return rows, {"step_ms": arguments.step_ms, "rounds": arguments.rounds}

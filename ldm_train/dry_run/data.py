@@ -64,7 +64,7 @@ def check_data(cfg: DictConfig, checkpoint: Path | None) -> list[Check]:
 def _check_remote(data: ImageTextDataModule, locations: Sequence[str], remote: Sequence[str]) -> list[Check]:
     sizes = [size for size, _ in identities(locations, data.corpus.storage)]
     room = data.shard_cache.max_bytes
-    figure = f"{len(remote)} of {len(locations)} shards behind URLs answer, {sum(sizes) / 2**30:.2f} GiB in all"
+    figure = f"{len(remote)} of {len(locations)} shards behind URLs answer, {sum(sizes) / 2**20:,.1f} MiB in all"
     if room < sum(sizes):
         figure += f"; `data.cache_bytes` holds {room / sum(sizes):.0%} of them"
     return [Check("shards", "ok", figure)]
@@ -128,7 +128,7 @@ def _check_batch(data: ImageTextDataModule) -> Check:
         )  # fmt: skip
     except FAILURES as error:
         return failed("a batch", error, "change `data`")
-    what = "image" if "image" in batch else next(iter(batch))
+    what = "image" if "image" in batch else "moments"
     shape, bad = tuple(batch[what].shape), data.bad_samples
     captions = [caption for caption in batch.get("caption", []) if caption]
     example = f"; a caption: {captions[0][:60]!r}" if captions else ""

@@ -110,8 +110,9 @@ def _trainer(cfg: DictConfig) -> None:
 
 
 def _shrink(cfg: DictConfig) -> None:
+    is_cached = cfg.data.get("latents") is not None
     for group in ("autoencoder", "unet", "conditioner", "adversarial"):
-        for node in _nodes(cfg.get(group)):
+        for node in () if is_cached and group == "autoencoder" else _nodes(cfg.get(group)):
             _shrink_network(node)
     for node in _nodes(cfg.conditioner):
         _set(node, {"context_dim": _WIDTH, "vector_dim": _WIDTH})
@@ -119,7 +120,7 @@ def _shrink(cfg: DictConfig) -> None:
         _set(node, _SMALL | _OFF)
     if cfg.sampler:
         _set(cfg.sampler, {"num_steps": 2})
-    if cfg.data.get("latents") is None:
+    if not is_cached:
         cfg.image_size = _side(cfg)
 
 

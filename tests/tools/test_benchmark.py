@@ -124,7 +124,7 @@ def test_options_out_of_range_are_refused_with_what_is_allowed(options, capsys):
 
 
 def test_what_callbacks_add_is_told_beside_those_that_do_nothing(tmp_path, capsys):
-    options = ["steps", "--step-ms", "0.5", "--processes", "1", "--rounds", "1", "--blocks", "1"]
+    options = ["steps", "--step-ms", "0.5", "--processes", "1", "--rounds", "2"]
     rows = figures(tmp_path, *options)["rows"]
     assert [row["name"] for row in rows] == ["preemption", "preemption, checkpoints", "all"]
     for row in rows:
@@ -144,7 +144,7 @@ def test_a_callback_that_takes_time_shows_it(monkeypatch, tmp_path):
                 pass
 
     monkeypatch.setattr(benchmark_steps, "Preemption", Slow)
-    rows = figures(tmp_path, "steps", "--processes", "1", "--rounds", "1", "--blocks", "2")["rows"]
+    rows = figures(tmp_path, "steps", "--processes", "1", "--rounds", "1")["rows"]
     for row in rows:
         assert row["own"] == pytest.approx(1e-3, rel=0.8)
 
@@ -152,5 +152,5 @@ def test_a_callback_that_takes_time_shows_it(monkeypatch, tmp_path):
 @pytest.mark.thorough
 @pytest.mark.distributed
 def test_two_processes_take_their_turns_together(tmp_path):
-    rows = figures(tmp_path, "steps", "--step-ms", "0.1", "--rounds", "1", "--blocks", "1")["rows"]
+    rows = figures(tmp_path, "steps", "--step-ms", "0.1", "--rounds", "1")["rows"]
     assert [row["processes"] for row in rows] == [1, 1, 1, 2, 2, 2]
