@@ -46,6 +46,7 @@ def tool(folder, output):
     return ["tools/cache_latents.py", *map(str, words), "--image-size", "16", "--device", "cpu", "--workers", "0"]
 
 
+@pytest.mark.thorough
 def test_tasks_of_which_one_loses_its_place_make_the_cache_that_one_process_makes(cluster, tmp_path):
     for number in range(4):
         write_tar(tmp_path / f"shards/{number}.tar", [m for i in range(3) for m in sample(3 * number + i)])

@@ -90,6 +90,7 @@ def unbroken(jobs):
     return jobs.folder / "debug" if (jobs.folder / "debug").exists() else jobs.folder
 
 
+@pytest.mark.thorough
 def test_two_nodes_have_the_losses_of_one_process_with_the_same_global_batch(unbroken, tmp_path):
     train(composed(*RUN, "data.batch_size=4", "data.val_batch_size=2", "run_id=one", root=tmp_path))
     one, two = metrics(tmp_path / "demo/one")["train/loss"], metrics(unbroken / "demo/unbroken")["train/loss"]
@@ -133,6 +134,7 @@ def _assert_same_end(unbroken, run_id):
         assert of_broken[key] == of_unbroken[key], (run_id, key)
 
 
+@pytest.mark.thorough
 def test_a_job_that_is_cancelled_saves_and_does_not_come_back(jobs):
     job = jobs.submit("cancelled")
     jobs.cluster.wait_for_text(job, jobs.output("cancelled"), PLACES["training"])
@@ -142,6 +144,7 @@ def test_a_job_that_is_cancelled_saves_and_does_not_come_back(jobs):
     assert last(jobs.folder, run_id="cancelled")["global_step"] >= 2
 
 
+@pytest.mark.thorough
 def test_of_two_jobs_with_one_run_id_the_second_is_refused(jobs):
     """Both fit on the nodes: each takes a part of their CPUs."""
     first = jobs.submit("twice", "callbacks.pace.seconds=1", shared=True)
@@ -155,6 +158,7 @@ def test_of_two_jobs_with_one_run_id_the_second_is_refused(jobs):
     jobs.cluster.wait(first, 60)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(int(os.environ.get("LDM_PREEMPTIONS", "0")) < 20, reason="takes eight minutes: LDM_PREEMPTIONS=20")
 def test_a_job_whose_time_is_up_goes_on_in_another_one(jobs, unbroken):
     """SLURM may be a minute early, so nothing shorter than two minutes lets a training begin."""

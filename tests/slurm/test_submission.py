@@ -15,7 +15,7 @@ from tests.slurm.test_preemption import Jobs
 from tests.test_end_to_end import equal, last, metrics
 from tests.test_interruptions import PARTS
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed, pytest.mark.thorough]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("submitit")
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.thorough]
 
 ROOT = Path(__file__).parents[2]
 SWEEP = [
