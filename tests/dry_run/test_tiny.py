@@ -1,5 +1,6 @@
 """The small run is of the same kinds as the large one, whatever that is, and is small."""
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -9,24 +10,36 @@ from ldm_train.dry_run.data import aside
 from ldm_train.dry_run.model import instantiated
 from ldm_train.dry_run.tiny import make_steps, tiny
 from tests.conftest import composed, filled
-from tests.data.conftest import picture
+from tests.data.conftest import encode, picture, sample, write_tar
 
-EMOJI = ["data=emoji", "data.cache_decoded=false"]
-DATA = {  # of experiments that leave their shards to the user
-    "ldm_class_256": ["data=emoji_classes", "data.label.field=group"],
-    "ldm_semantic": ["data=emoji_regions", "data.cache_decoded=false"],
-}
 PROMPTS = ["data.mixture.trigger=sks", "data.mixture.class_prompt='a dog'", "data.mixture.instance_prompt='a sks dog'"]
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+MAP = np.zeros((8, 8), np.uint8)
 QUICK = ["demo_lora", "autoencoder_vq_f8", "ldm_512"]
 
 
-def small(experiment, tmp_path, photos, *overrides):
-    own = [] if experiment.startswith("demo") else DATA.get(experiment, EMOJI)
+def data_of(experiment, folder):
+    """Overrides with data for what an experiment asks: captions, classes and maps, or a folder of photos."""
     if "dreambooth" in experiment:
-        own = [*PROMPTS, f"data.mixture.instance_dir={photos}"]
-    cfg = filled(composed(f"experiment={experiment}", *own, *overrides, root=tmp_path), tmp_path)
-    return tiny(aside(cfg, tmp_path), tmp_path, None)
+        (folder / "photos").mkdir()
+        for number in range(2):
+            (folder / "photos" / f"{number}.png").write_bytes(picture(number))
+        return [*PROMPTS, f"data.mixture.instance_dir={folder}/photos"]
+    if experiment.startswith("demo"):
+        return []
+    members = []
+    for number in range(40):
+        members += [*sample(number, **{"class": number % 3}), (f"{number:06d}.seg.png", encode(MAP))]
+    write_tar(folder / "shards/00000.tar", members)
+    return [f"data.shards={folder}/shards/*.tar", "data.val_fraction=0.2", "data.filters=[]"]
+
+
+def small(experiment, folder):
+    own = data_of(experiment, folder)
+    if experiment == "autoencoder_decoder":
+        own += [f"stage.autoencoder.checkpoint={folder}/finished.ckpt"]
+    cfg = filled(composed(f"experiment={experiment}", *own, root=folder), folder)
+    return tiny(aside(cfg, folder), folder, None)
 
 
 def kinds(node):
@@ -40,7 +53,7 @@ def kinds(node):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_it_is_of_the_same_kinds_accepted_and_small(experiment, tmp_path):
-    cfg = small(experiment, tmp_path, "photos")
+    cfg = small(experiment, tmp_path)
     check(cfg)
     large = composed(f"experiment={experiment}", root=tmp_path)
     small_kinds, large_kinds = (kinds(OmegaConf.to_container(part)) for part in (cfg, large))
@@ -58,11 +71,6 @@ def test_it_is_of_the_same_kinds_accepted_and_small(experiment, tmp_path):
     "experiment", [*QUICK, *(pytest.param(e, marks=pytest.mark.thorough) for e in EXPERIMENTS if e not in QUICK)]
 )
 def test_its_steps_are_made(experiment, tmp_path, torch_cache):
-    photos = tmp_path / "photos"
-    if "dreambooth" in experiment:
-        photos.mkdir()
-        for number in range(2):
-            (photos / f"{number}.png").write_bytes(picture(number))
-    said = make_steps(small(experiment, tmp_path, photos), tmp_path)
+    said = make_steps(small(experiment, tmp_path), tmp_path)
     assert "2 steps" in said
     assert "read back" in said
