@@ -126,11 +126,13 @@ class Pulse:
 
     Attributes:
         place: where the training of this rank is, for people; set it as often as you like.
+        silent: ranks that did not answer when `report` was called.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, every: float, stall: float) -> None:
         self.place: tuple[object, ...] = ("the start",)
         self._store, self._rank, self._world_size, self._every, self._stall = store, rank, world_size, every, stall
+        self.silent: list[int] = []
         self._count = 0
         self._stopped = threading.Event()
         self._keys = [f"pulse/{other}" for other in range(world_size)]
@@ -165,8 +167,11 @@ class Pulse:
             time.sleep(2.5 * self._every)
             after = self._words()
         except RuntimeError:
+            self.silent = [0]
             return None if self._rank != 1 else f"rank 0 does not answer; {_GONE}"
-        silent = [r for r, (old, new) in enumerate(zip(before, after, strict=True)) if old == new and not _is_end(new)]
+        self.silent = silent = [
+            r for r, (old, new) in enumerate(zip(before, after, strict=True)) if old == new and not _is_end(new)
+        ]
         speaking = [r for r in range(self._world_size) if r not in silent and not _is_end(after[r])]
         if not speaking or self._rank != speaking[0]:
             return None

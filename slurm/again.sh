@@ -1,19 +1,24 @@
 # Read by a job's script before it starts its processes: puts the job into the queue again if one of them was killed.
 #
 # SLURM does so by itself for a node that fails, and not for a process that does: one that the kernel kills for memory,
-# that a broken device aborts, or that the time-out of the process group ends. Its next start goes on from the last
-# checkpoint. A job that dies three times without having got further, as one does that lacks memory, is left to you; so
-# is one that ends by an error of its own (a status up to 128), which it would only meet again.
+# or that a broken device or NCCL's time-out aborts. Its next start goes on from the last checkpoint. A job that dies
+# three times without having got further, as one does that lacks memory, is left to you; so is one that ends by an error
+# of its own (a status up to 128), which it would only meet again.
 
 job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}"
 job="${job:-$SLURM_JOB_ID}"
 
-# The training writes the step there that it goes on from.
+# The training writes the step there that it goes on from; into .ended each process its status, the first one first; and
+# .lost is there if another process had found one silent.
 export LDM_START_FILE="${LDM_RUNS:-runs}/.starts/$job"
 mkdir -p "${LDM_START_FILE%/*}"
-rm -f "$LDM_START_FILE"
+rm -f "$LDM_START_FILE" "$LDM_START_FILE.ended" "$LDM_START_FILE.lost"
 
 again_after() {
+    # The first that ended is the reason: SLURM kills the others for it.
+    if [ -s "$LDM_START_FILE.ended" ] && [ ! -e "$LDM_START_FILE.lost" ]; then
+        set -- "$(head -n 1 "$LDM_START_FILE.ended")"
+    fi
     # 128 + INT, USR1, USR2, TERM: the run was told to go, and has seen to the rest itself.
     case $1 in [0-9] | [0-9][0-9] | 1[01]? | 12[0-8] | 130 | 138 | 140 | 143) return ;; esac
     # Cancelled, or in the queue already.

@@ -6,6 +6,7 @@ ranks have shown the same (`ldm_train.roll_call`). With one process this does no
 """
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ class RankWatch(L.Callback):
         if isinstance(exception, RuntimeError) and (report := self._pulse.report()):
             _log.error("%s", report)
             exception.add_note(report)  # for whoever has submitted the job
+            if self._pulse.silent and (path := os.environ.get("LDM_START_FILE")):
+                Path(f"{path}.lost").touch()  # the job's script may start it again (`slurm/again.sh`)
         reason = next(iter(str(exception).splitlines()), "")
         self._pulse.stop(f"with {type(exception).__name__}: {reason}"[:300])
 

@@ -147,7 +147,7 @@ def test_a_job_that_is_cancelled_saves_and_does_not_come_back(jobs):
 @pytest.mark.thorough
 def test_of_two_jobs_with_one_run_id_the_second_is_refused(jobs):
     """Both fit on the nodes: each takes a part of their CPUs."""
-    first = jobs.submit("twice", "callbacks.pace.seconds=1", shared=True)
+    first = jobs.submit("twice", "callbacks.pace.seconds=4", shared=True)
     jobs.cluster.wait_for_text(first, jobs.output("twice"), f"step 1/{STEPS}")
     second = jobs.submit("twice", shared=True, output="second")
     assert jobs.cluster.wait(second, 120)["JobState"] == "FAILED"
@@ -155,7 +155,7 @@ def test_of_two_jobs_with_one_run_id_the_second_is_refused(jobs):
     assert f"job {first}; allowed is one run at a time in a directory" in said
     assert "change `run_id`" in said
     jobs.cluster.run("scancel", first)
-    jobs.cluster.wait(first, 60)
+    jobs.cluster.wait(first, 120)
 
 
 @pytest.mark.thorough

@@ -17,6 +17,8 @@ SCRIPT = ROOT / "slurm" / "train.sbatch"
 FAKE_SRUN = """#!/usr/bin/env python3
 import json, os, sys
 if step := os.environ.get("STEP"): open(os.environ["LDM_START_FILE"], "w").write(step)
+if ended := os.environ.get("ENDED"): open(os.environ["LDM_START_FILE"] + ".ended", "w").write(ended)
+if os.environ.get("LOST"): open(os.environ["LDM_START_FILE"] + ".lost", "w")
 json.dump({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}, open(os.environ["RECORD"], "w"))
 sys.exit(int(os.environ.get("STATUS", "0")))
 """
@@ -130,6 +132,31 @@ def test_a_job_whose_process_was_killed_goes_into_the_queue_again(submit, requeu
 def test_one_that_ended_by_itself_or_left_at_a_signal_does_not(submit, requeues, status):
     submit(STATUS=str(status))
     assert requeues() == 0
+
+
+def test_the_first_process_that_ended_is_the_reason(submit, requeues):
+    """SLURM kills those that remain: srun's status is 137 then, as if it were the reason."""
+    submit(STATUS="137", ENDED="2\n137")
+    assert requeues() == 0
+    submit(STATUS="137", ENDED="137\n1")
+    assert requeues() == 1
+
+
+def test_a_process_that_another_one_missed_is_the_reason(submit, requeues):
+    """It had no time to leave its status, and the other one ends by an error."""
+    submit(STATUS="137", ENDED="1", LOST="yes")
+    assert requeues() == 1
+
+
+def test_a_task_leaves_its_status(submit, tmp_path):
+    _, call = submit("experiment=demo")
+    argv, note = call["argv"], tmp_path / "note"
+    wrapper = argv[argv.index("bash") : argv.index("python")]
+    for status in (0, 3):
+        command = [*wrapper, "bash", "-c", f"exit {status}"]
+        ended = subprocess.run(command, env=os.environ | {"LDM_START_FILE": str(note)})
+        assert ended.returncode == status
+    assert (tmp_path / "note.ended").read_text() == "3\n"
 
 
 def test_one_that_was_cancelled_or_is_in_the_queue_does_not(submit, requeues):
