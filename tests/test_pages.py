@@ -26,7 +26,7 @@ WRITTEN_BY_RUNS = ("demo", "runs/", "quarantine/")
 WRITTEN_BY_USERS = {"slurm/site.sh"}
 SAID_BY_OTHERS = {  # SLURM, PyTorch, Lightning, submitit
     "Timed out waiting", "Watchdog caught collective operation timeout", "in SLURM ... does not match", "NCCL WARN",
-    "timed-out too many times", "Bypassing sacct error",
+    "Bypassing sacct error",
 }  # fmt: skip
 
 
