@@ -83,8 +83,10 @@ class ForkedRuns:
         return self.outputs[rank].read_text()
 
     def close(self) -> None:
-        """End the server."""
+        """End the server, and a run that a failed test has left."""
         assert self.server.stdin
+        if self.is_running:
+            self.kill()
         self.server.stdin.close()
         self.server.wait(60)
 
