@@ -1,14 +1,21 @@
 """Ranks that differ, are missing or fall silent are named, by threads that stand for ranks around one store."""
 
 import logging
+import os
+import signal
+import socket
 import threading
 import time
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from torch.multiprocessing import ProcessExitedException
 
+from ldm_train.distributed import rank_store
 from ldm_train.roll_call import Pulse, RanksDifferError, compare, differences, named
+
+from .ranks import run_ranks
 
 EVERY = 0.05
 
@@ -132,3 +139,59 @@ def test_ranks_that_wait_together_are_left_alone(pulses, caplog):
         pulse.start()
     time.sleep(10 * EVERY)
     assert caplog.text == ""
+
+
+def freezes_as_rank_0(rank, port, folder):
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=5))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=5))
+    pulse = Pulse(rank_store("pulses"), rank, 2, every=0.5, stall=60)
+    pulse.start()
+    dist.barrier()
+    (folder / f"pid_{rank}").write_text(str(os.getpid()))
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with pytest.raises(RuntimeError):
+        dist.barrier()
+    (folder / "report").write_text(pulse.report())
+    pulse.stop("with RuntimeError")
+
+
+def test_a_rank_0_that_is_frozen_keeps_no_other_rank(tmp_path):
+    """Its connections stay open, so that whoever asks it something is never answered."""
+
+    def run():
+        with pytest.raises(ProcessExitedException, match="SIGKILL"):
+            run_ranks(freezes_as_rank_0, free_port(), tmp_path)
+
+    ranks = threading.Thread(target=run)
+    ranks.start()
+    frozen, other = (number_in(tmp_path / f"pid_{rank}") for rank in range(2))
+    deadline = time.monotonic() + 30
+    while is_there(other) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = not is_there(other)
+    os.kill(frozen, signal.SIGKILL)
+    ranks.join()
+    assert left
+    assert (tmp_path / "report").read_text().startswith("rank 0 does not answer")
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def number_in(path):
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return int(path.read_text())
+
+
+def is_there(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
