@@ -263,8 +263,8 @@ class Pulse:
 
 
 _GONE = (
-    "its process was killed or stopped, or its machine is gone: see what the launcher says of it, and the memory it had. The job "
-    "ends; the same command goes on from the last checkpoint"
+    "its process was killed or stopped, or its machine is gone: see what the launcher says of it, and the memory it "
+    "had. The job ends; the same command goes on from the last checkpoint"
 )
 
 
