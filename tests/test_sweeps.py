@@ -18,11 +18,13 @@ from omegaconf import open_dict
 
 from ldm_train.__main__ import main
 from ldm_train.charts import Panel, _round_values, _spelled, panels
+from ldm_train.config import ConfigError, plain
 from ldm_train.isolation import JobDiedError, JobFailedError, run_in_child
 from ldm_train.locking import sole_writer
 from ldm_train.multirun import SweepResults
 from ldm_train.results import read_result, recorded
 from ldm_train.sweeps import table_of_sweep
+from ldm_train.train import refuse_figures_of_other_settings
 from tools.collect_sweep import main as collect
 
 from .conftest import composed
@@ -334,3 +336,30 @@ def test_the_numbers_beside_a_chart_tell_its_lines_apart():
     assert len(values) >= 3
     assert [float(text) for text in _spelled(values)] == pytest.approx(values, rel=1e-9)
     assert _spelled([0.2, 0.4]) == ["0.2", "0.4"]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("data.batch_size=4", "data.batch_size"),
+        ("data.flip=true", "data.flip"),
+        ("trainer.gradient_clip_val=0.01", "trainer.gradient_clip_val"),
+        ("trainer.max_steps=2", "trainer.max_steps"),
+        ("seed=3", "seed"),
+        ("logger=none", None),
+        ("metric=val/loss", None),
+        ("callbacks.health=null", None),
+        ("run_id=moved", None),
+    ],
+)
+def test_figures_that_belong_to_other_settings_are_no_figures_of_a_sweep(tmp_path, override, key):
+    words = ["experiment=demo_autoencoder", "trainer.max_steps=4"]
+    before, now = (plain(composed(*words, *more, root=tmp_path)) for more in ([], [override]))
+    content = {"global_step": 4, "config": before}
+    refuse_figures_of_other_settings({**content, "global_step": 1}, now, tmp_path)  # it goes on
+    if key is None:
+        refuse_figures_of_other_settings(content, now, tmp_path)
+        return
+    with pytest.raises(ConfigError, match=rf"`{key}`: .*change `run_id`") as refused:
+        refuse_figures_of_other_settings(content, now, tmp_path)
+    assert "resume=never" in str(refused.value)
