@@ -22,8 +22,8 @@ from ldm_train.config import ConfigError, plain
 from ldm_train.isolation import JobDiedError, JobFailedError, run_in_child
 from ldm_train.locking import sole_writer
 from ldm_train.multirun import SweepResults
-from ldm_train.results import read_result, recorded
-from ldm_train.sweeps import table_of_sweep
+from ldm_train.results import read_result, recorded, shortened
+from ldm_train.sweeps import draw_table, table_of_sweep
 from ldm_train.train import refuse_figures_of_other_settings
 from tools.collect_sweep import main as collect
 
@@ -363,3 +363,29 @@ def test_figures_that_belong_to_other_settings_are_no_figures_of_a_sweep(tmp_pat
     with pytest.raises(ConfigError, match=rf"`{key}`: .*change `run_id`") as refused:
         refuse_figures_of_other_settings(content, now, tmp_path)
     assert "resume=never" in str(refused.value)
+
+
+def test_a_job_that_fails_before_its_run_begins_has_no_figures_of_an_earlier_start(started):
+    start, job, directory = started
+    run_dir = made(directory.parents[1] / "seed_0")
+    with recorded(run_dir, trainer(7, **{"val/psnr": 20.0}), goes_on=False):
+        pass
+    (run_dir / "metrics.csv").write_text("step,val/psnr\n7,20\n")
+    os.utime(run_dir / "result.json", (0, 0))
+    results = start()
+    job(results, 0, returned(ValueError("it is refused")))
+    row = table_of_sweep(directory).rows[0]
+    assert (row.state, row.steps, row.figures, row.largest) == ("failed", None, {}, None)
+    with pytest.raises(ValueError, match="late"), recorded(run_dir, trainer(8, **{"val/psnr": 21.0}), goes_on=False):
+        raise ValueError("late")
+    table = table_of_sweep(directory)
+    assert (table.rows[0].steps, table.rows[0].figures) == (8, {"val/psnr": 21.0})
+    assert draw_table(table, directory) is None
+
+
+def test_a_long_reason_keeps_what_to_change():
+    text = "ValueError: " + "found " * 40 + "; allowed is another; change `data.batch_size`"
+    for most in (100, 200):
+        assert len(shortened(text, most)) <= most
+        assert shortened(text, most).endswith("… change `data.batch_size`")
+    assert shortened("x" * 200, 100) == "x" * 99 + "…"
