@@ -80,10 +80,10 @@ class SweepResults(Callback):
         """Make the sweep's directory, and note the jobs that are known beforehand."""
         name = sweep_name(config)
         directory = Path(os.path.abspath(config.hydra.sweep.dir)) / f"sweep_{name}"
-        save_plan(directory, _planned(config))
         self._group = f"{OmegaConf.select(config, 'name', default='unnamed')} {name}"
         self._start = datetime.now().astimezone().isoformat()
         self._directory, self._owner = directory, os.getpid()
+        save_plan(directory, _planned(config), self._start)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:  # noqa: ANN401
         """Note that the job began; W&B shows the jobs of a sweep as one group."""

@@ -93,10 +93,12 @@ def jobs_of_start(directory: Path, start: str) -> list[dict[str, Any]]:
     return sorted((job for job in found if job["start"] == start), key=_order)
 
 
-def save_plan(directory: Path, jobs: Sequence[Sequence[str]]) -> None:
-    """Write the overrides of the jobs to come."""
+def save_plan(directory: Path, jobs: Sequence[Sequence[str]], start: str) -> None:
+    """Write the overrides of the jobs to come beside those of earlier starts, which may still be to come."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "plan.json", {"jobs": [list(overrides) for overrides in jobs]})
+    new = [list(overrides) for overrides in jobs]
+    kept = [each for each in _planned(directory) if each["overrides"] not in new]
+    write_json(directory / "plan.json", {"jobs": [*kept, *({"overrides": each, "start": start} for each in new)]})
 
 
 def table_of_sweep(directory: Path) -> Table:
@@ -105,9 +107,9 @@ def table_of_sweep(directory: Path) -> Table:
     latest = {job["run_dir"]: job["start"] for job in sorted(found, key=_order)}
     jobs = sorted((job for job in found if job["start"] == latest[job["run_dir"]]), key=_order)
     known = {tuple(job["overrides"]) for job in found}
-    planned = (read_json(directory / "plan.json") or {"jobs": []})["jobs"]
     rows = [_row_of_job(job) for job in jobs]
-    rows += [Row(_pairs(each), "not started") for each in planned if tuple(each) not in known]
+    to_come = [each for each in _planned(directory) if tuple(each["overrides"]) not in known]
+    rows += [Row(_pairs(each["overrides"]), "not started", start=each["start"]) for each in to_come]
     return Table(rows, jobs[-1]["metric"] if jobs else None)
 
 
@@ -168,11 +170,16 @@ def shown(table: Table) -> str:
 
 def unfinished(table: Table, start: str) -> list[Row]:
     """The jobs of one start of a sweep that did not end with a figure."""
-    return [row for row in table.rows if row.state != FINISHED and row.start in (start, "")]
+    return [row for row in table.rows if row.state != FINISHED and row.start == start]
 
 
 def _job_file(directory: Path, overrides: Sequence[str]) -> Path:
     return directory / "jobs" / f"{hashlib.sha1(chr(10).join(overrides).encode()).hexdigest()[:12]}.json"
+
+
+def _planned(directory: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (read_json(directory / "plan.json") or {"jobs": []})["jobs"]
+    return found
 
 
 def _order(job: Mapping[str, Any]) -> tuple[str, int]:

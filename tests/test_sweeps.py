@@ -23,7 +23,8 @@ from ldm_train.isolation import JobDiedError, JobFailedError, run_in_child
 from ldm_train.locking import sole_writer
 from ldm_train.multirun import SweepResults
 from ldm_train.results import read_result, recorded, shortened
-from ldm_train.sweeps import draw_table, table_of_sweep
+from ldm_train.submission import study_of
+from ldm_train.sweeps import draw_table, save_plan, table_of_sweep, unfinished
 from ldm_train.train import refuse_figures_of_other_settings
 from tools.collect_sweep import main as collect
 
@@ -89,14 +90,16 @@ def test_a_study_on_the_disk_grows_and_learns_nothing_from_failed_trials(monkeyp
     directory = tmp_path / "demo_autoencoder/sweep_optuna"
     command = [*TINY, "sweep=optuna", "hydra.sweeper.direction=maximize", f"paths.root={tmp_path}"]
     starts = [
-        (["optimizer.weight_decay=-1", "hydra.sweeper.n_trials=1"], 1),
-        (["optimizer.weight_decay=1e-3", "hydra.sweeper.n_trials=2", "logger=default"], 0),
+        (["resume=/nowhere", "hydra.sweeper.n_trials=1"], 1),
+        (["hydra.sweeper.n_trials=2", "logger=default"], 0),
     ]
     monkeypatch.setenv("WANDB_MODE", "offline")
     for overrides, expected in starts:
         status, said = sweep(monkeypatch, capfd, *command, *overrides)
         assert status == expected, said
-    trials = optuna.load_study("demo_autoencoder", f"sqlite:///{directory}/study.db").trials
+    storage = f"sqlite:///{directory}/study.db"
+    (study,) = optuna.get_all_study_summaries(storage)
+    trials = optuna.load_study(study.study_name, storage).trials
     assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
     assert len({trial.params["optimizer.lr"] for trial in trials}) == 3
     rows = table_rows(directory)
@@ -389,3 +392,25 @@ def test_a_long_reason_keeps_what_to_change():
         assert len(shortened(text, most)) <= most
         assert shortened(text, most).endswith("… change `data.batch_size`")
     assert shortened("x" * 200, 100) == "x" * 99 + "…"
+
+
+def test_trials_of_another_budget_or_metric_are_of_another_study():
+    words = ["experiment=demo", "trainer.max_steps=300"]
+    study = study_of("demo", "val/loss", words)
+    assert study == study_of("demo", "val/loss", [*reversed(words), "logger=csv", "paths.root=/elsewhere"])
+    others = {
+        study_of("demo", "val/loss", [words[0], "trainer.max_steps=30"]),
+        study_of("demo", "val/fid", words),
+        study_of("other", "val/loss", words),
+    }
+    assert len(others | {study}) == 4
+    cfg = composed("experiment=demo", "sweep=optuna", return_hydra_config=True)
+    assert cfg.hydra.sweeper.study_name.startswith(f"demo {cfg.metric} ")
+
+
+def test_a_second_sweep_of_the_same_keys_keeps_the_plan_of_the_first(tmp_path):
+    save_plan(tmp_path, [["seed=0"], ["seed=1"]], "2026-01-01T00:00:00+00:00")
+    save_plan(tmp_path, [["seed=1"], ["seed=2"]], "2026-01-02T00:00:00+00:00")
+    table = table_of_sweep(tmp_path)
+    assert {row.overrides["seed"] for row in table.rows} == {"0", "1", "2"}
+    assert {row.overrides["seed"] for row in unfinished(table, "2026-01-02T00:00:00+00:00")} == {"1", "2"}
