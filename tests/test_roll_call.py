@@ -132,7 +132,7 @@ def test_a_rank_that_falls_silent_is_named_with_its_last_place(pulses, caplog):
 def test_only_the_rank_that_is_silent_is_named_and_after_four_beats(pulses, clock, caplog):
     clock.sleep(2 * EVERY)
     clock.alive.remove(2)
-    clock.sleep(4 * EVERY)
+    clock.sleep(3 * EVERY)
     assert caplog.text == ""
     clock.sleep(8 * EVERY)
     assert caplog.text.count("does not answer") == caplog.text.count("rank 2 does not answer") == 1
