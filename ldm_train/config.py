@@ -33,7 +33,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, Interpolation
 from ldm_train.checkpoint import load_weights, read_checkpoint
 from ldm_train.data.locations import shown
 from ldm_train.secrets import without_secrets
-from ldm_train.submission import gpus_per_node, tasks_per_node
+from ldm_train.submission import gpus_per_node, study_of, tasks_per_node
 
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 _TASKS = ("fit", "validate")
@@ -95,6 +95,7 @@ def register() -> None:
         "output_of": _output_of,
         "plus": operator.add,
         "run_id": _run_id,
+        "study_of": study_of,
         "tasks_per_node": tasks_per_node,
     }
     for name, resolver in resolvers.items():

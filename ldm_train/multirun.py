@@ -78,12 +78,13 @@ class SweepResults(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:  # noqa: ANN401
         """Make the sweep's directory, and note the jobs that are known beforehand."""
+        _refuse_trainer_without_slurm(config)
         name = sweep_name(config)
         directory = Path(os.path.abspath(config.hydra.sweep.dir)) / f"sweep_{name}"
-        save_plan(directory, _planned(config))
         self._group = f"{OmegaConf.select(config, 'name', default='unnamed')} {name}"
         self._start = datetime.now().astimezone().isoformat()
         self._directory, self._owner = directory, os.getpid()
+        save_plan(directory, _planned(config), self._start)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:  # noqa: ANN401
         """Note that the job began; W&B shows the jobs of a sweep as one group."""
@@ -165,6 +166,22 @@ def sweep_name(config: DictConfig) -> str:
     last = {each.get_key_element(): each for each in _overrides(config)}
     keys = [key for key, each in last.items() if each.is_sweep_override()]
     return re.sub(r"[^\w.,-]", "_", ",".join(keys))[:_MOST_CHARACTERS] or "jobs"
+
+
+def _refuse_trainer_without_slurm(config: DictConfig) -> None:
+    """End a sweep whose jobs SLURM would start as processes that know nothing of each other.
+
+    An experiment's trainer wins over the one that `hydra=slurm` chooses.
+    """
+    choices = config.hydra.runtime.choices
+    if choices.get("hydra/launcher") == "submitit_slurm" and not config.trainer.get("plugins"):
+        print(
+            f"ldm_train: the jobs go to SLURM, and trainer={choices.get('trainer')}, which the experiment may have "
+            "chosen, knows nothing of it; allowed are trainers with its plugin; change `trainer=slurm`, with "
+            "`trainer.accelerator=cpu` where there is no GPU",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def _words(config: DictConfig) -> list[str]:

@@ -12,7 +12,9 @@ on with keeps those of its earlier starts, and its seconds add up.
 
 import json
 import math
+import os
 import signal
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -98,8 +100,17 @@ def final_figure(run_dir: Path, trainer: L.Trainer, key: str) -> float | None:
 
 def described(error: BaseException) -> str:
     """The type and the message of an error on one line, not too long for a table."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"
+    return shortened(" ".join(f"{type(error).__name__}: {error}".split()), _MOST_CHARACTERS)
+
+
+def shortened(text: str, most: int) -> str:
+    """A message of about `most` characters; its last clause, which names what to change, stays whole."""
+    if len(text) <= most:
+        return text
+    start, clause, last = text.rpartition("; ")
+    if not clause or len(last) > _MOST_CHARACTERS:
+        return text[: most - 1] + "…"
+    return f"{start[: max(most - len(last) - 2, most // 3)]}… {last}"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -113,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file in one move, so that whoever reads it meanwhile finds a whole one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")  # two sweeps may write it
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     replace_durably(temporary, path)
 

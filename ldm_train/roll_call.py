@@ -17,11 +17,14 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
 
 import torch.distributed as dist
 
 _log = logging.getLogger(__name__)
+_Answer = TypeVar("_Answer")
 
 _MOST_LINES = 8
 _SECONDS_TO_READ = 5.0
@@ -138,6 +141,7 @@ class Pulse:
         self._keys = [f"pulse/{other}" for other in range(world_size)]
         self._heard: list[tuple[str, float]] = [("", time.monotonic())] * world_size
         self._told: set[int] = set()
+        self._is_lost = False
         self._beat()
         self._thread = threading.Thread(target=self._run, daemon=True, name="pulse")
 
@@ -153,19 +157,20 @@ class Pulse:
                 self._thread.join(self._every)
             self.place = (_ENDED, reason)
             try:
-                self._beat()
+                self._in_time(self._beat)
             except RuntimeError:
                 return  # rank 0 has gone, with the store
 
     def report(self) -> str | None:
         """After an error that another rank may have caused: who is silent, and where each of the others is.
 
-        Takes two and a half beats. None on a rank that need not say it, because one with a smaller number does.
+        Takes two and a half beats, a few more if rank 0 does not answer. None on a rank that need not say it, because
+        one with a smaller number does.
         """
         try:
-            before = self._words()
+            before = self._in_time(self._words)
             time.sleep(2.5 * self._every)
-            after = self._words()
+            after = self._in_time(self._words)
         except RuntimeError:
             self.silent = [0]
             return None if self._rank != 1 else f"rank 0 does not answer; {_GONE}"
@@ -197,6 +202,30 @@ class Pulse:
                     _log.error("rank 0 does not answer; %s", _GONE)
                 if lost == 3:
                     return
+
+    def _in_time(self, function: Callable[[], _Answer]) -> _Answer:
+        """What a function of the store returns within three beats.
+
+        A rank 0 that is frozen keeps its connections, and a call waits on one beyond every time-out of the store.
+
+        Raises:
+            RuntimeError: if it does not return in that time, or an earlier one did not.
+        """
+        answer: Future[_Answer] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(function())
+            except RuntimeError as error:
+                answer.set_exception(error)
+
+        try:
+            if not self._is_lost:
+                threading.Thread(target=ask, daemon=True, name="question").start()
+                return answer.result(max(3 * self._every, _SECONDS_TO_READ))
+        except TimeoutError:
+            self._is_lost = True
+        raise RuntimeError("rank 0 does not answer")
 
     def _beat(self) -> None:
         self._count += 1
@@ -234,8 +263,8 @@ class Pulse:
 
 
 _GONE = (
-    "its process was killed, or its machine is gone: see what the launcher says of it, and the memory it had. The job "
-    "ends; the same command goes on from the last checkpoint"
+    "its process was killed or stopped, or its machine is gone: see what the launcher says of it, and the memory it "
+    "had. The job ends; the same command goes on from the last checkpoint"
 )
 
 

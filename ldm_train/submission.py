@@ -1,7 +1,13 @@
 """What a submitted job asks SLURM for, as the trainer's config says it: a process per GPU, and no GPU on the CPU.
 
-`conf/hydra/slurm.yaml` reads these two by the resolvers of the same names; everything else there is plain keys.
+`conf/hydra/slurm.yaml` reads these two by the resolvers of the same names; everything else there is plain keys. The
+third names what `conf/sweep/optuna.yaml` learns from.
 """
+
+import hashlib
+from collections.abc import Iterable
+
+_NO_SETTING = ("logger", "paths.", "resume=", "run_id=", "name=", "metric=", "sweep=")
 
 
 def tasks_per_node(devices: object) -> int:
@@ -29,3 +35,15 @@ def gpus_per_node(accelerator: str, devices: object) -> int | None:
         devices: `trainer.devices`.
     """
     return None if accelerator == "cpu" else tasks_per_node(devices)
+
+
+def study_of(name: str, metric: str, overrides: Iterable[str]) -> str:
+    """The name of a study of Optuna's: trials of other budgets or settings tell it nothing, and have one of their own.
+
+    Args:
+        name: of the runs.
+        metric: what is compared.
+        overrides: of the command, as they were written.
+    """
+    settings = sorted(each for each in overrides if not each.lstrip("+~").startswith(_NO_SETTING))
+    return f"{name} {metric} {hashlib.sha1(chr(10).join(settings).encode()).hexdigest()[:6]}"

@@ -17,6 +17,7 @@ import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from omegaconf import OmegaConf
 
 from ldm_train.charts import Panel, panels
 from ldm_train.locking import is_locked
-from ldm_train.results import Result, read_json, read_result, write_json
+from ldm_train.results import FILE, Result, read_json, read_result, shortened, write_json
 
 FINISHED = "finished"
 _SHOWN_FIGURES, _SHOWN_REASON = 5, 100
@@ -92,10 +93,12 @@ def jobs_of_start(directory: Path, start: str) -> list[dict[str, Any]]:
     return sorted((job for job in found if job["start"] == start), key=_order)
 
 
-def save_plan(directory: Path, jobs: Sequence[Sequence[str]]) -> None:
-    """Write the overrides of the jobs to come."""
+def save_plan(directory: Path, jobs: Sequence[Sequence[str]], start: str) -> None:
+    """Write the overrides of the jobs to come beside those of earlier starts, which may still be to come."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "plan.json", {"jobs": [list(overrides) for overrides in jobs]})
+    new = [list(overrides) for overrides in jobs]
+    kept = [each for each in _planned(directory) if each["overrides"] not in new]
+    write_json(directory / "plan.json", {"jobs": [*kept, *({"overrides": each, "start": start} for each in new)]})
 
 
 def table_of_sweep(directory: Path) -> Table:
@@ -104,9 +107,9 @@ def table_of_sweep(directory: Path) -> Table:
     latest = {job["run_dir"]: job["start"] for job in sorted(found, key=_order)}
     jobs = sorted((job for job in found if job["start"] == latest[job["run_dir"]]), key=_order)
     known = {tuple(job["overrides"]) for job in found}
-    planned = (read_json(directory / "plan.json") or {"jobs": []})["jobs"]
     rows = [_row_of_job(job) for job in jobs]
-    rows += [Row(_pairs(each), "not started") for each in planned if tuple(each) not in known]
+    to_come = [each for each in _planned(directory) if tuple(each["overrides"]) not in known]
+    rows += [Row(_pairs(each["overrides"]), "not started", start=each["start"]) for each in to_come]
     return Table(rows, jobs[-1]["metric"] if jobs else None)
 
 
@@ -133,11 +136,12 @@ def write_table(table: Table, directory: Path) -> Path:
 
 
 def draw_table(table: Table, directory: Path) -> Path | None:
-    """Draw the metric against what was swept into `results.png`; None if there is nothing to draw."""
+    """Draw the metric of what finished against what was swept into `results.png`; None if there is nothing to draw."""
     metric = table.metric
     if metric is None or not table.swept:
         return None
-    rows = [row for row in table.rows if math.isfinite(row.figures.get(metric, math.nan))]
+    finished = [row for row in table.rows if row.state == FINISHED]
+    rows = [row for row in finished if math.isfinite(row.figures.get(metric, math.nan))]
     values = [row.figures[metric] for row in rows]
     drawn = [Panel(key, [row.overrides.get(key, "") for row in rows], values) for key in table.swept]
     if not rows:
@@ -156,7 +160,7 @@ def shown(table: Table) -> str:
     for key in others.difference(kept):
         del columns[key]
     columns["run"] = [Path(text).name for text in columns["run"]]
-    columns["reason"] = [text[:_SHOWN_REASON] for text in columns["reason"]]
+    columns["reason"] = [shortened(text, _SHOWN_REASON) for text in columns["reason"]]
     filled = {key: [key, *cells] for key, cells in columns.items() if any(cells)}
     widths = [max(map(len, cells)) for cells in filled.values()]
     lines = zip(*filled.values(), strict=True)
@@ -166,11 +170,16 @@ def shown(table: Table) -> str:
 
 def unfinished(table: Table, start: str) -> list[Row]:
     """The jobs of one start of a sweep that did not end with a figure."""
-    return [row for row in table.rows if row.state != FINISHED and row.start in (start, "")]
+    return [row for row in table.rows if row.state != FINISHED and row.start == start]
 
 
 def _job_file(directory: Path, overrides: Sequence[str]) -> Path:
     return directory / "jobs" / f"{hashlib.sha1(chr(10).join(overrides).encode()).hexdigest()[:12]}.json"
+
+
+def _planned(directory: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (read_json(directory / "plan.json") or {"jobs": []})["jobs"]
+    return found
 
 
 def _order(job: Mapping[str, Any]) -> tuple[str, int]:
@@ -183,9 +192,11 @@ def _pairs(overrides: Sequence[str]) -> dict[str, str]:
 
 def _row_of_job(job: Mapping[str, Any]) -> Row:
     run_dir = Path(job["run_dir"])
-    result, logged = read_result(run_dir), _logged(run_dir)
-    least, largest = _extremes(logged.get(job["metric"], []))
     state, reason = job["state"], job.get("reason", "")
+    # What failed before its run began has the files of an earlier start, or none.
+    is_its_own = state == FINISHED or _is_recorded_since(run_dir, job["start"])
+    result, logged = (read_result(run_dir), _logged(run_dir)) if is_its_own else (None, dict[str, list[float]]())
+    least, largest = _extremes(logged.get(job["metric"], []))
     if state == "running":
         state, reason = _unsettled(run_dir, result)
     return Row(
@@ -221,6 +232,11 @@ def _row_of_run(run_dir: Path, metric: str | None) -> Row:
         run_dir=run_dir,
         seconds=result.seconds if result else None,
     )
+
+
+def _is_recorded_since(run_dir: Path, start: str) -> bool:
+    record = run_dir / FILE
+    return record.exists() and record.stat().st_mtime >= datetime.fromisoformat(start).timestamp()
 
 
 def _unsettled(run_dir: Path, result: Result | None) -> tuple[str, str]:

@@ -65,6 +65,9 @@ def train(cfg: DictConfig) -> float | None:
             "one; change `resume`"
         )
     config = plain(cfg)
+    if checkpoint is not None and cfg.task == "fit" and _is_multirun():
+        with _refusals():
+            refuse_figures_of_other_settings(read_checkpoint(checkpoint), config, checkpoint)
     run = build(cfg, callbacks=(RunRecord(config), RankWatch(config)))
     goes_on = checkpoint is not None and checkpoint.is_relative_to(run_dir.absolute())
     with listening(run.trainer), _own_directory(run_dir, run.trainer), recorded(run_dir, run.trainer, goes_on):
@@ -194,6 +197,51 @@ def refuse_another_recipe(trained: dict[str, Any], asked: dict[str, Any], checkp
         )
 
 
+# Groups and keys that change no figure of a run that has all its steps, and the callbacks that make or change figures.
+_NO_FIGURE = {"name", "run_id", "paths", "logger", "resume", "task", "metric", "dry_run"}
+_PLACES = {"checkpoint", "base_checkpoint", "weights", "path", "directory", "run_dir", "default_root_dir"}
+_PLACES |= {"cache_dir", "index_dir", "quarantine_dir", "num_workers", "log_every_n_steps", "cache_decoded"}
+_JUDGES = {"ema", "reconstruction_distance", "samples", "likelihood"}
+
+
+def refuse_figures_of_other_settings(content: dict[str, Any], asked: dict[str, Any], checkpoint: Path) -> None:
+    """A sweep compares what its own settings gave; a run without a step to go would give what others gave.
+
+    Args:
+        content: of the checkpoint.
+        asked: the config of this start.
+        checkpoint: its path, for the message.
+
+    Raises:
+        ConfigError: if the run has all of its steps, and was trained by a config that differs from this one.
+    """
+    most = asked["trainer"].get("max_steps", -1)
+    if "config" not in content or not content["global_step"] >= most >= 0:
+        return
+    before, now = _of_figures(content["config"]), _of_figures(asked)
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if changed:
+        listed = "; ".join(f"`{key}`: {before.get(key)!r} -> {now.get(key)!r}" for key in changed[:8])
+        raise ConfigError(
+            f"this job has nothing to train, and its figures would be those of an earlier start with other settings "
+            f"({listed}); allowed are the settings of {checkpoint}, or a run that begins anew; change `run_id` or "
+            "`name`, or set `resume=never`"
+        )
+
+
+def _of_figures(config: dict[str, Any]) -> dict[str, object]:
+    kept = {key: value for key, value in config.items() if key not in _NO_FIGURE}
+    kept["callbacks"] = {key: value for key, value in (config.get("callbacks") or {}).items() if key in _JUDGES}
+
+    def leaves(node: object, path: str) -> dict[str, object]:
+        if not isinstance(node, dict):
+            return {path: node}
+        found = [leaves(value, f"{path}.{key}".lstrip(".")) for key, value in node.items() if key not in _PLACES]
+        return {key: value for each in found for key, value in each.items()}
+
+    return leaves(kept, "")
+
+
 @contextmanager
 def _refusals() -> Iterator[None]:
     """What our own code refuses before the first step is the config's fault, and no failure to trace."""
@@ -259,14 +307,17 @@ def _make_checkpoints_absolute(cfg: DictConfig) -> None:
             OmegaConf.update(cfg, key, os.path.abspath(path))
 
 
+def _is_multirun() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def _refuse_sweep_of_subprocesses(cfg: DictConfig) -> None:
     """Lightning starts ranks by running this command again; in a multirun each would run the whole sweep again."""
     launched = "SLURM_JOB_ID" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     devices = OmegaConf.select(cfg, "trainer.devices", default=1)
     if devices == "auto":
         devices = 1 if cfg.trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
-    if multirun and not launched and str(devices) != "1":
+    if _is_multirun() and not launched and str(devices) != "1":
         raise ConfigError(
             f"a multirun with trainer.devices={devices}: each process that Lightning starts would run the whole sweep; "
             "allowed are trainer.devices=1, `torchrun --nproc-per-node N -m ldm_train ...` without -m, or a sweep "

@@ -1,14 +1,21 @@
 """Ranks that differ, are missing or fall silent are named, by threads that stand for ranks around one store."""
 
 import logging
+import os
+import signal
+import socket
 import threading
 import time
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from torch.multiprocessing import ProcessExitedException
 
+from ldm_train.distributed import rank_store
 from ldm_train.roll_call import Pulse, RanksDifferError, compare, differences, named
+
+from .ranks import run_ranks
 
 EVERY = 0.05
 
@@ -80,6 +87,31 @@ def pulses():
         pulse.stop("the test")
 
 
+class Clock:
+    """In place of the time of a busy machine: of each beat of it, those that live beat once and rank 0 listens."""
+
+    def __init__(self, pulses):
+        self.now, self.pulses, self.alive = time.monotonic(), pulses, {0, 1, 2}
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        for _ in range(round(seconds / EVERY)):
+            self.now += EVERY
+            for rank in self.alive:
+                self.pulses[rank]._beat()
+            if 0 in self.alive:
+                self.pulses[0]._listen()
+
+
+@pytest.fixture
+def clock(pulses, monkeypatch):
+    found = Clock(pulses)
+    monkeypatch.setattr("ldm_train.roll_call.time", found)
+    return found
+
+
 def said(caplog, text, seconds=5.0):
     deadline = time.monotonic() + seconds
     while text not in caplog.text and time.monotonic() < deadline:
@@ -93,25 +125,33 @@ def test_a_rank_that_falls_silent_is_named_with_its_last_place(pulses, caplog):
     for pulse in pulses[:2]:
         pulse.start()
     assert said(caplog, "rank 2 does not answer, last heard of at batch 12")
-    assert "rank 1 does" not in caplog.text
     pulses[2].start()
     assert said(caplog, "rank 2 is heard of again")
 
 
-def test_a_rank_that_says_goodbye_is_not_missed(pulses, caplog):
-    for pulse in pulses:
-        pulse.start()
+def test_only_the_rank_that_is_silent_is_named_and_after_four_beats(pulses, clock, caplog):
+    clock.sleep(2 * EVERY)
+    clock.alive.remove(2)
+    clock.sleep(3 * EVERY)
+    assert caplog.text == ""
+    clock.sleep(8 * EVERY)
+    assert caplog.text.count("does not answer") == caplog.text.count("rank 2 does not answer") == 1
+
+
+def test_a_rank_that_says_goodbye_is_not_missed(pulses, clock, caplog):
+    clock.sleep(EVERY)
     pulses[1].stop("with ValueError: a mistake")
-    time.sleep(8 * EVERY)
+    clock.alive.remove(1)
+    clock.sleep(8 * EVERY)
     assert "answer" not in caplog.text
     assert "rank 1: ended with ValueError: a mistake" in pulses[0].report()
 
 
-def test_after_an_error_the_first_rank_that_lives_reports(pulses):
+def test_after_an_error_the_first_rank_that_lives_reports(pulses, clock):
+    clock.alive.remove(0)
     for pulse in pulses[1:]:
-        pulse.start()
         pulse.place = ("batch", 3)
-    time.sleep(2 * EVERY)
+    clock.sleep(2 * EVERY)
     report = pulses[1].report()
     assert report.startswith("rank 0 does not answer")
     assert "ranks 1-2: batch 3" in report
@@ -126,9 +166,65 @@ def test_ranks_that_wait_in_different_places_are_listed_before_the_time_out(puls
     assert said(caplog, "  - ranks 0, 2: batch 5\n  - rank 1: batch 4")
 
 
-def test_ranks_that_wait_together_are_left_alone(pulses, caplog):
+def test_ranks_that_wait_together_are_left_alone(pulses, clock, caplog):
     for pulse in pulses:
         pulse.place = ("the closing work",)
-        pulse.start()
-    time.sleep(10 * EVERY)
+    clock.sleep(10 * EVERY)
+    pulses[0]._say_places(10 * EVERY)
     assert caplog.text == ""
+
+
+def freezes_as_rank_0(rank, port, folder):
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=5))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=5))
+    pulse = Pulse(rank_store("pulses"), rank, 2, every=0.5, stall=60)
+    pulse.start()
+    dist.barrier()
+    (folder / f"pid_{rank}").write_text(str(os.getpid()))
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with pytest.raises(RuntimeError):
+        dist.barrier()
+    (folder / "report").write_text(pulse.report())
+    pulse.stop("with RuntimeError")
+
+
+def test_a_rank_0_that_is_frozen_keeps_no_other_rank(tmp_path):
+    """Its connections stay open, so that whoever asks it something is never answered."""
+
+    def run():
+        with pytest.raises(ProcessExitedException, match="SIGKILL"):
+            run_ranks(freezes_as_rank_0, free_port(), tmp_path)
+
+    ranks = threading.Thread(target=run)
+    ranks.start()
+    frozen, other = (number_in(tmp_path / f"pid_{rank}") for rank in range(2))
+    deadline = time.monotonic() + 30
+    while is_there(other) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = not is_there(other)
+    os.kill(frozen, signal.SIGKILL)
+    ranks.join()
+    assert left
+    assert (tmp_path / "report").read_text().startswith("rank 0 does not answer")
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def number_in(path):
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return int(path.read_text())
+
+
+def is_there(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -4,6 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from ldm_train.multirun import SweepResults
 from ldm_train.submission import gpus_per_node, tasks_per_node
 from tests.conftest import composed
 
@@ -53,3 +54,17 @@ def test_what_is_no_number_of_devices_is_refused(devices):
         tasks_per_node(devices)
     with pytest.raises(ValueError, match=r"change `trainer\.devices`"):
         gpus_per_node("auto", devices)
+
+
+def test_a_trainer_that_knows_nothing_of_slurm_is_refused_before_anything_is_submitted(tmp_path, capsys):
+    """The experiment chooses the CPU's trainer, and is composed after `hydra=slurm`."""
+    cfg, _ = launcher("experiment=demo_autoencoder", f"paths.root={tmp_path}")
+    with pytest.raises(SystemExit) as stop:
+        SweepResults().on_multirun_start(cfg)
+    assert stop.value.code == 2
+    assert "trainer=cpu" in (said := capsys.readouterr().err)
+    assert "change `trainer=slurm`" in said
+    assert not list(tmp_path.iterdir())
+    cfg, _ = launcher("experiment=demo_autoencoder", "trainer=slurm", f"paths.root={tmp_path}")
+    SweepResults().on_multirun_start(cfg)
+    assert list(tmp_path.rglob("plan.json"))

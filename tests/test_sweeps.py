@@ -21,8 +21,8 @@ from ldm_train.charts import Panel, _round_values, _spelled, panels
 from ldm_train.isolation import JobDiedError, JobFailedError, run_in_child
 from ldm_train.locking import sole_writer
 from ldm_train.multirun import SweepResults
-from ldm_train.results import read_result, recorded
-from ldm_train.sweeps import table_of_sweep
+from ldm_train.results import read_result, recorded, shortened
+from ldm_train.sweeps import draw_table, table_of_sweep
 from tools.collect_sweep import main as collect
 
 from .conftest import composed
@@ -87,14 +87,16 @@ def test_a_study_on_the_disk_grows_and_learns_nothing_from_failed_trials(monkeyp
     directory = tmp_path / "demo_autoencoder/sweep_optuna"
     command = [*TINY, "sweep=optuna", "hydra.sweeper.direction=maximize", f"paths.root={tmp_path}"]
     starts = [
-        (["optimizer.weight_decay=-1", "hydra.sweeper.n_trials=1"], 1),
-        (["optimizer.weight_decay=1e-3", "hydra.sweeper.n_trials=2", "logger=default"], 0),
+        (["resume=/nowhere", "hydra.sweeper.n_trials=1"], 1),
+        (["hydra.sweeper.n_trials=2", "logger=default"], 0),
     ]
     monkeypatch.setenv("WANDB_MODE", "offline")
     for overrides, expected in starts:
         status, said = sweep(monkeypatch, capfd, *command, *overrides)
         assert status == expected, said
-    trials = optuna.load_study("demo_autoencoder", f"sqlite:///{directory}/study.db").trials
+    storage = f"sqlite:///{directory}/study.db"
+    (study,) = optuna.get_all_study_summaries(storage)
+    trials = optuna.load_study(study.study_name, storage).trials
     assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
     assert len({trial.params["optimizer.lr"] for trial in trials}) == 3
     rows = table_rows(directory)
@@ -334,3 +336,29 @@ def test_the_numbers_beside_a_chart_tell_its_lines_apart():
     assert len(values) >= 3
     assert [float(text) for text in _spelled(values)] == pytest.approx(values, rel=1e-9)
     assert _spelled([0.2, 0.4]) == ["0.2", "0.4"]
+
+
+def test_a_job_that_fails_before_its_run_begins_has_no_figures_of_an_earlier_start(started):
+    start, job, directory = started
+    run_dir = made(directory.parents[1] / "seed_0")
+    with recorded(run_dir, trainer(7, **{"val/psnr": 20.0}), goes_on=False):
+        pass
+    (run_dir / "metrics.csv").write_text("step,val/psnr\n7,20\n")
+    os.utime(run_dir / "result.json", (0, 0))
+    results = start()
+    job(results, 0, returned(ValueError("it is refused")))
+    row = table_of_sweep(directory).rows[0]
+    assert (row.state, row.steps, row.figures, row.largest) == ("failed", None, {}, None)
+    with pytest.raises(ValueError, match="late"), recorded(run_dir, trainer(8, **{"val/psnr": 21.0}), goes_on=False):
+        raise ValueError("late")
+    table = table_of_sweep(directory)
+    assert (table.rows[0].steps, table.rows[0].figures) == (8, {"val/psnr": 21.0})
+    assert draw_table(table, directory) is None
+
+
+def test_a_long_reason_keeps_what_to_change():
+    text = "ValueError: " + "found " * 40 + "; allowed is another; change `data.batch_size`"
+    for most in (100, 200):
+        assert len(shortened(text, most)) <= most
+        assert shortened(text, most).endswith("… change `data.batch_size`")
+    assert shortened("x" * 200, 100) == "x" * 99 + "…"

@@ -5,6 +5,7 @@ the others is nothing that anyone wanted; with another number of batches it wait
 ranks have shown the same (`ldm_train.roll_call`). With one process this does nothing.
 """
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import lightning as L
 
-from ldm_train.callbacks.provenance import git_state, versions
+from ldm_train.callbacks.provenance import versions
 from ldm_train.distributed import patience, rank_store
 from ldm_train.roll_call import Pulse, compare
 
@@ -106,11 +107,19 @@ def _facts(trainer: L.Trainer, config: dict[str, Any]) -> dict[str, object]:
     """All that has to be the same, under names for people."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     indices = {"training": getattr(data, "train_index", None), "validation": getattr(data, "val_index", None)}
-    git = git_state(Path(__file__).parents[2])
     facts: dict[str, object] = {f"`{key}`": value for key, value in _leaves(config).items()}
     facts |= {f"the fingerprint of the {name} data": getattr(i, "fingerprint", None) for name, i in indices.items()}
     facts |= {f"the version of {name}": version for name, version in versions().items()}
-    return facts | {"the commit of the code": git and git["commit"], "the number of ranks": trainer.world_size}
+    return facts | {"the code": code_digest(Path(__file__).parents[1]), "the number of ranks": trainer.world_size}
+
+
+def code_digest(package: Path) -> str:
+    """The identity of a package's modules wherever they lie; asks no git, which one machine may lack."""
+    found = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        found.update(f"{path.relative_to(package).as_posix()}:{len(content)}:".encode() + content)
+    return found.hexdigest()[:12]
 
 
 def _leaves(node: object, path: str = "") -> dict[str, object]:

@@ -88,10 +88,11 @@ def num_kept(cfg: DictConfig, writer: DictConfig) -> int:
     if steps < 0:
         return count
     if (every := writer.get("keep_every_n_steps")) is not None:
-        return count + steps // int(every)
+        count += steps // int(every)
     if (images := writer.get("keep_every_images")) is not None:
         batch = int(cfg.data.batch_size) * num_processes(cfg) * int(cfg.trainer.get("accumulate_grad_batches", 1))
-        return count + steps * batch // int(images)
+        # A step may be kept for both reasons; that many is the most.
+        count += steps * batch // int(images)
     return count
 
 

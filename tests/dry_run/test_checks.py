@@ -147,7 +147,13 @@ def test_a_checkpoint_of_other_data_or_another_recipe_is_refused(tiny_runs):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"keep_every_n_steps": 2}, {"keep_every_images": 8}, {"keep_every_n_steps": 4, "best_metric": "train/loss"}],
+    [
+        {},
+        {"keep_every_n_steps": 2},
+        {"keep_every_images": 8},
+        {"keep_every_n_steps": 5, "keep_every_images": 8},
+        {"keep_every_n_steps": 4, "best_metric": "train/loss"},
+    ],
 )
 def test_what_is_kept_is_counted_as_it_is_kept(tmp_path, options):
     """Names of one file count once in truth, and may count twice in what is asked for."""
