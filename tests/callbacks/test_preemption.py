@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import time
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -12,7 +14,7 @@ from ldm_train.callbacks import CheckpointWriter, MetricsCSV, Preempted, Preempt
 from ldm_train.callbacks.preemption import SIGNALS, interruptible, listening
 from ldm_train.checkpoint import read_checkpoint
 from tests.callbacks.toy import NUM_IMAGES, ToyData, ToyStage, batch_of, trainer_of
-from tests.test_end_to_end import metrics
+from tests.test_end_to_end import last, metrics
 
 
 class SameBatches(ToyData):
@@ -119,6 +121,38 @@ def test_a_validation_in_the_midst_of_an_accumulation_is_finished(tmp_path):
         fit(tmp_path, Sender("on_validation_start"), Validations(steps), accumulate_grad_batches=3)
     assert steps == [1]  # 4 batches are one step and a third
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 2
+
+
+@pytest.mark.slow
+def test_wandb_s_process_may_be_killed_before_the_run_is_told_to_go(tmp_path, forked_runs):
+    """SLURM sends SIGTERM to every process of a job, and that one ends at once."""
+    forked_runs.start(
+        "experiment=demo_autoencoder", "debug=tiny", "trainer=cpu", "trainer.max_steps=100000", "run_id=told",
+        "trainer.val_check_interval=100000", "callbacks.progress.every_n_steps=10", "trainer.log_every_n_steps=1",
+        root=tmp_path,
+    )  # fmt: skip
+    _until(forked_runs.outputs[0].exists)
+    _until(lambda: "step 10/" in forked_runs.said())
+    (run,) = forked_runs.pids
+    (service,) = [pid for pid in _children(run) if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(service, signal.SIGTERM)
+    _until(lambda: "W&B is lost" in forked_runs.said())
+    os.kill(run, signal.SIGTERM)
+    codes, _ = forked_runs.wait()
+    assert codes == [128 + signal.SIGTERM], forked_runs.said()[-3000:]
+    saved = last(tmp_path, experiment="demo_autoencoder", run_id="told")["global_step"]
+    assert max(metrics(tmp_path / "demo_autoencoder/told")["train/loss"]) == saved
+
+
+def _until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _children(pid):
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def test_the_handlers_of_before_are_back_afterwards(tmp_path):
