@@ -20,6 +20,7 @@ from functools import partial
 from hashlib import sha1
 from netrc import NetrcParseError, netrc
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import urlparse
 
@@ -122,10 +123,18 @@ def wandb_id(run_dir: str | Path) -> str:
     return sha1(str(Path(run_dir).absolute()).encode()).hexdigest()[:12]
 
 
-def finish_wandb() -> None:
-    """Ends the process's W&B run, if there is one: a sweep's next run in this process must not write into it."""
+def finish_wandb(seconds: float | None = None) -> None:
+    """Ends the process's W&B run, if there is one: a sweep's next run in this process must not write into it.
+
+    Args:
+        seconds: after which it goes on in the background; None waits until all is sent.
+    """
     if "wandb" in sys.modules and (run := sys.modules["wandb"].run) is not None:
-        _has_heard(run.finish)
+        finishing = Thread(target=_has_heard, args=(run.finish,), name="finish_wandb", daemon=True)
+        finishing.start()
+        finishing.join(seconds)
+        if finishing.is_alive():
+            _log.warning("W&B has not received everything after %.0f s; `wandb sync` sends the rest", seconds)
 
 
 def _has_heard(tell: Callable[[], None]) -> bool:
