@@ -1,7 +1,8 @@
 """Asks SLURM to start this job once more.
 
 SLURM requeues a job only when asked: one that ends by itself within its grace time counts as completed, whatever it was
-told before. A job that somebody cancels gets the same SIGTERM as one that is preempted, so its state is read first.
+told before. A job that somebody cancels gets the same SIGTERM as one that is preempted, so its state is read first. At
+its time limit a job is COMPLETING, as a cancelled one is, but for the reason TimeLimit, and may be requeued.
 """
 
 import logging
@@ -72,8 +73,10 @@ def _requeued(job: str) -> bool:
 def _state(job: str) -> str:
     """The job's state, RUNNING if SLURM does not say."""
     answer = _scontrol("show", "--oneliner", "job", job)
-    found = re.search(r"\bJobState=(\w+)", "" if answer is None else answer.stdout)
-    return found.group(1) if found else "RUNNING"
+    said = "" if answer is None else answer.stdout
+    found = re.search(r"\bJobState=(\w+)", said)
+    state = found.group(1) if found else "RUNNING"
+    return "TIMEOUT" if state == "COMPLETING" and re.search(r"\bReason=TimeLimit\b", said) else state
 
 
 def _scontrol(*arguments: str) -> "subprocess.CompletedProcess[str] | None":

@@ -140,8 +140,8 @@ def test_wandb_s_process_may_be_killed_before_the_run_is_told_to_go(tmp_path, fo
     os.kill(run, signal.SIGTERM)
     codes, _ = forked_runs.wait()
     assert codes == [128 + signal.SIGTERM], forked_runs.said()[-3000:]
-    saved = last(tmp_path, experiment="demo_autoencoder", run_id="told")["global_step"]
-    assert max(metrics(tmp_path / "demo_autoencoder/told")["train/loss"]) == saved
+    saved = last(tmp_path, "demo_autoencoder", "told")["global_step"]
+    assert len(metrics(tmp_path / "demo_autoencoder/told")["train/loss"]) == saved
 
 
 def _until(condition):
@@ -192,12 +192,16 @@ def test_the_launcher_s_handler_is_called_when_all_is_saved(tmp_path, monkeypatc
     assert stop.value.code == 128 + number
 
 
-@pytest.mark.parametrize(("state", "calls"), [("RUNNING", ["show", "requeue"]), ("CANCELLED", ["show"])])
+@pytest.mark.parametrize(
+    ("state", "calls"),
+    [("RUNNING", ["show", "requeue"]), ("CANCELLED", ["show"]), ("COMPLETING", ["show"]),
+     ("COMPLETING Reason=TimeLimit", ["show", "requeue"])],
+)  # fmt: skip
 def test_slurm_is_asked_to_requeue_what_nobody_cancelled(tmp_path, monkeypatch, state, calls):
     record = tmp_path / "calls"
     script = tmp_path / "bin" / "scontrol"
     script.parent.mkdir()
-    script.write_text(f'#!/bin/bash\necho "$1 ${{!#}}" >> {record}\necho JobId=17 JobState={state} Reason=None\n')
+    script.write_text(f'#!/bin/bash\necho "$1 ${{!#}}" >> {record}\necho JobId=17 JobState={state} Restarts=0\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "19")
@@ -227,10 +231,29 @@ def test_a_second_signal_ends_the_process_at_once():
         preemption.install()
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)  # of the same event
-        preemption._received_at -= 3.0
+        preemption._last_at -= 3.0
         os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+
+
+def test_sigterm_at_the_limit_that_was_announced_leaves_a_save_its_time():
+    preemption = Preemption()
+    if not (child := os.fork()):
+        preemption.install()
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            preemption._last_at -= 3.0
+        os.kill(os.getpid(), signal.SIGTERM if preemption._received == signal.SIGUSR1 else 0)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    if not (child := os.fork()):
+        preemption.install()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        preemption._last_at -= 3.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_save_that_does_not_fit_the_grace_time_is_warned_of(tmp_path, caplog):
