@@ -37,7 +37,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from ldm_train.callbacks.checkpoints import CheckpointWriter
-from ldm_train.callbacks.requeue import Handler, ask_for_another_start
+from ldm_train.callbacks.requeue import Handler, ask_for_another_start, gets_further
 from ldm_train.distributed import Agreement
 
 _log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ class Preemption(Checkpoint):
     def hand_over(self, trainer: L.Trainer, number: int) -> None:
         """Rank 0 has the job started again; the others stay until it has, because SLURM ends a job with its first."""
         self._last_at = math.inf  # SLURM ends the old start of a requeued job by a signal: that is no second one
-        if trainer.is_global_zero and self.requeue:
+        if trainer.is_global_zero and self.requeue and gets_further(trainer.global_step):
             # Submitit requeues at its user signal; what it has for SIGTERM only says that it came.
             launchers = [(key, handler) for key in SIGNALS[:2] if callable(handler := self._previous.get(key))]
             ask_for_another_start(*(launchers[0] if launchers else (number, None)))

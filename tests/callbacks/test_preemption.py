@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ldm_train.callbacks import CheckpointWriter, MetricsCSV, Preempted, Preemption, SampleEvaluation
 from ldm_train.callbacks.preemption import SIGNALS, interruptible, listening
+from ldm_train.callbacks.requeue import gets_further
 from ldm_train.checkpoint import read_checkpoint
 from tests.callbacks.toy import NUM_IMAGES, ToyData, ToyStage, batch_of, trainer_of
 from tests.test_end_to_end import last, metrics
@@ -210,6 +211,15 @@ def test_slurm_is_asked_to_requeue_what_nobody_cancelled(tmp_path, monkeypatch, 
     with pytest.raises(Preempted):
         fit(tmp_path, Sender("on_train_batch_end", 2, signal.SIGTERM), requeue=True)
     assert record.read_text().splitlines() == [f"{call} 17_2" for call in calls]
+
+
+def test_the_third_start_in_a_row_without_a_step_is_the_last(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "17"
+    monkeypatch.setenv("LDM_START_FILE", str(path))
+    assert [gets_further(0) for _ in range(2)] == [True] * 2
+    path.write_text("40\n")
+    assert [gets_further(step) for step in (40, 40, 41, 40)] == [True, True, True, False]
+    assert "`sbatch --time=... --signal=USR1@...`" in caplog.text
 
 
 def test_a_forked_process_ignores_the_signal():
