@@ -92,8 +92,8 @@ def _take(descriptor: int, path: Path, key: str, deadline: float) -> None:
                 raise
         holder = _holder(path)
         if time.monotonic() > deadline:
-            if holder.get("job") is not None and holder["job"] == _self()["job"]:
-                # The same job can be here twice only because it was requeued and its first node does not answer.
+            if _is_of_earlier_start(holder):
+                # This job is here twice because it was requeued and its first node does not answer.
                 _log.warning("%s is still locked by this job's earlier start on %s", path, holder.get("host"))
                 return
             job = f", job {holder['job']}" if holder.get("job") else ""
@@ -105,7 +105,15 @@ def _take(descriptor: int, path: Path, key: str, deadline: float) -> None:
 
 
 def _self() -> dict[str, str | int | None]:
-    return {"host": socket.gethostname(), "process": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+    job, start = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return {"host": socket.gethostname(), "process": os.getpid(), "job": job, "start": start}
+
+
+def _is_of_earlier_start(holder: dict[str, str | int | None]) -> bool:
+    """Whether this job has been started again since; a second run in the same start of a job is as foreign as any."""
+    own, start = _self(), holder.get("start")
+    is_same_job = own["job"] is not None and holder.get("job") == own["job"]
+    return is_same_job and isinstance(start, int) and start < int(own["start"] or 0)
 
 
 def _holder(path: Path) -> dict[str, str | int | None]:

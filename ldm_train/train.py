@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.callbacks import RankWatch, RunRecord, finish_wandb, listening
+from ldm_train.callbacks import Preempted, RankWatch, RunRecord, finish_wandb, listening
 from ldm_train.checkpoint import UNTRAINED, load_weights, read_checkpoint, verify_checkpoint
 from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain, unwritable
 from ldm_train.data import ShardReadError, folders_of
@@ -39,6 +39,7 @@ _USUAL_WARNINGS = (
     r"Total length of `list` across ranks is zero",  # no validation images; the start-up summary counts them
 )
 _REMEDY = "change the key that names it, one of `data` or `paths`"
+_CLOSE_WANDB = 10.0  # seconds that a run which was told to go has for it
 _SRUN_WARNING = "The `srun` command is available on your system but is not used"
 
 
@@ -82,8 +83,13 @@ def train(cfg: DictConfig) -> float | None:
                 _validate(run, checkpoint)
             else:
                 _fit(run, checkpoint, config)
-        finally:
+        except Preempted:
+            finish_wandb(_CLOSE_WANDB)  # before SLURM is asked to requeue: it ends W&B's process then
+            raise
+        except BaseException:
             finish_wandb()
+            raise
+        finish_wandb()
     return final_figure(run_dir, run.trainer, cfg.metric)
 
 

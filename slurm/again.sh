@@ -14,15 +14,24 @@ export LDM_START_FILE="${LDM_RUNS:-runs}/.starts/$job"
 mkdir -p "${LDM_START_FILE%/*}"
 rm -f "$LDM_START_FILE" "$LDM_START_FILE.ended" "$LDM_START_FILE.lost"
 
+# Not cancelled, and not in the queue already. At its time limit a job is COMPLETING, as a cancelled one is, but for the
+# reason.
+may_start_again() {
+    scontrol show --oneliner job "$job" | grep -qE " JobState=(RUNNING|COMPLETING Reason=TimeLimit) "
+}
+
 again_after() {
     # The first that ended is the reason: SLURM kills the others for it.
     if [ -s "$LDM_START_FILE.ended" ] && [ ! -e "$LDM_START_FILE.lost" ]; then
         set -- "$(head -n 1 "$LDM_START_FILE.ended")"
     fi
-    # 128 + INT, USR1, USR2, TERM: the run was told to go, and has seen to the rest itself.
-    case $1 in [0-9] | [0-9][0-9] | 1[01]? | 12[0-8] | 130 | 138 | 140 | 143) return ;; esac
-    # Cancelled, or in the queue already.
-    scontrol show --oneliner job "$job" | grep -q " JobState=RUNNING " || return
+    # 128 + USR1, USR2, TERM: the run was told to go, and has seen to the rest itself, unless its time was up first.
+    case $1 in 138 | 140 | 143)
+        scontrol show --oneliner job "$job" | grep -q " JobState=COMPLETING Reason=TimeLimit " || return
+        ;;
+    esac
+    case $1 in [0-9] | [0-9][0-9] | 1[01]? | 12[0-8] | 130) return ;; esac
+    may_start_again || return
     local step
     step=$(cat "$LDM_START_FILE" 2>/dev/null || echo "before the first")
     echo "$step" >>"$LDM_START_FILE.deaths"

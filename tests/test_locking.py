@@ -17,6 +17,7 @@ def holder(tmp_path, monkeypatch):
     ready, told = os.pipe()
     if not (pid := os.fork()):
         os.environ["SLURM_JOB_ID"] = "17"
+        os.environ.pop("SLURM_RESTART_COUNT", None)
         with sole_writer(tmp_path / "lock", "run_id"):
             if not os.fork():
                 time.sleep(20)
@@ -46,8 +47,16 @@ def test_the_lock_ends_with_its_holder_though_a_child_of_it_lives(tmp_path, hold
 def test_a_requeued_job_is_not_kept_out_by_its_own_first_start(tmp_path, holder, monkeypatch, caplog):
     """On a node that went down the lock may outlive the job by minutes."""
     monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with sole_writer(tmp_path / "lock", "run_id", patience=0.3):
         assert "still locked by this job's earlier start" in caplog.text
+
+
+def test_a_second_run_in_the_same_start_of_a_job_is_refused(tmp_path, holder, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    with pytest.raises(LockHeldError, match="job 17"), sole_writer(tmp_path / "lock", "run_id", patience=0.3):
+        pass
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):

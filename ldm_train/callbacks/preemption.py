@@ -13,7 +13,8 @@ another job takes its place. What happens then, in this order:
 4. Loggers are closed, and rank 0 has the job started again: by the handler that was there before, submitit's, or by
    `scontrol requeue`. The exit status is 128 + the signal's number, on every rank.
 
-A second signal, two seconds after the first or later, ends the process at once, with what is on the disk. Processes
+A second signal, two seconds after the first or later, ends the process at once, with what is on the disk; SIGTERM after
+another one does not: it comes at the time limit, and leaves a save the seconds until SIGKILL. Processes
 that were forked inherit the handler and ignore the signals: SLURM sends them to all processes of a step.
 
 Lightning's own handlers communicate inside the handler, and its loop asks the device about them in each step. While
@@ -36,14 +37,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from ldm_train.callbacks.checkpoints import CheckpointWriter
-from ldm_train.callbacks.requeue import Handler, ask_for_another_start
+from ldm_train.callbacks.requeue import Handler, ask_for_another_start, gets_further
 from ldm_train.distributed import Agreement
 
 _log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 _ONE_EVENT = 2.0  # seconds in which signals have one cause: SLURM sends some of them twice
-_WAIT_FOR_RANK_0 = 60.0
 # Ranks that look for signals in each step of a millisecond would spend 4 % of it on that; where all of them find that
 # less than this has passed since they last looked, they let more steps pass, up to so many.
 _OFTEN, _MOST_STEPS = 0.1, 16
@@ -83,6 +83,7 @@ class Preemption(Checkpoint):
         self.grace_seconds, self.requeue = grace_seconds, requeue
         self._owner = os.getpid()
         self._received, self._received_at = 0, 0.0
+        self._last, self._last_at = 0, 0.0  # the signal that counts against the next one
         self._agreement: Agreement | None = None
         self._every, self._to_go = 1, 1  # steps between two looks, and to the next one
         self._looked_at, self._longest_wait, self._saved = 0.0, 0.0, 0.0
@@ -94,11 +95,13 @@ class Preemption(Checkpoint):
         if os.getpid() != self._owner:
             return
         now = time.monotonic()
+        is_announced = number == signal.SIGTERM != self._last  # at the time limit that the first one told of
         if not self._received:
             self._received, self._received_at = number, now
-        elif now - self._received_at > _ONE_EVENT:
+        elif now - self._last_at > _ONE_EVENT and not is_announced:
             os.write(2, b"ldm_train: a second signal: leaving with what is on the disk\n")
             os._exit(128 + number)
+        self._last, self._last_at = max(number, self._last), max(now, self._last_at)  # SIGTERM is the largest
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Makes the group in which ranks agree, and keeps Lightning's handlers and their broadcasts out."""
@@ -137,10 +140,10 @@ class Preemption(Checkpoint):
         """Saves, when contexts have been left and the raw weights are back."""
         if not isinstance(exception, Preempted):
             return
-        if self._has_begun:
-            _log_left_batch(trainer)
         for writer in _writers(trainer):
             writer.save_interrupted(trainer)
+        if self._has_begun:
+            _log_left_batch(trainer)
         if trainer.is_global_zero:
             name, seconds = signal.Signals(exception.number).name, time.monotonic() - self._received_at
             after = f", {seconds:.1f} s after the signal" if self._received else ""
@@ -170,21 +173,21 @@ class Preemption(Checkpoint):
 
     def hand_over(self, trainer: L.Trainer, number: int) -> None:
         """Rank 0 has the job started again; the others stay until it has, because SLURM ends a job with its first."""
-        self._received_at = math.inf  # SLURM ends the old start of a requeued job by a signal: that is no second one
-        if trainer.is_global_zero and self.requeue:
+        self._last_at = math.inf  # SLURM ends the old start of a requeued job by a signal: that is no second one
+        if trainer.is_global_zero and self.requeue and gets_further(trainer.global_step):
             # Submitit requeues at its user signal; what it has for SIGTERM only says that it came.
             launchers = [(key, handler) for key in SIGNALS[:2] if callable(handler := self._previous.get(key))]
             ask_for_another_start(*(launchers[0] if launchers else (number, None)))
         if self._agreement is not None:
             try:
-                self._agreement.wait(_WAIT_FOR_RANK_0)
+                self._agreement.wait(self.grace_seconds)
             except RuntimeError as error:
                 _log.warning("leaving without waiting for the other ranks: %s", error)
 
     def install(self) -> None:
         """Listens from now on, in the main thread of this process."""
         if threading.current_thread() is threading.main_thread():
-            self._owner, self._received = os.getpid(), 0
+            self._owner, self._received, self._last = os.getpid(), 0, 0
             self._previous = {number: signal.signal(number, self.remember) for number in SIGNALS}
 
     def uninstall(self) -> None:
@@ -232,10 +235,13 @@ def _log_left_batch(trainer: L.Trainer) -> None:
     """Log the figures of a batch that is trained, but whose last hooks were left: no start will train it again."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.total
     if trainer.training and batches.processed > batches.completed:  # type: ignore[attr-defined]
-        trainer._logger_connector.on_batch_end()
-        trainer._logger_connector.update_train_step_metrics()
-        for logger in trainer.loggers:
-            logger.save()
+        try:
+            trainer._logger_connector.on_batch_end()
+            trainer._logger_connector.update_train_step_metrics()
+            for logger in trainer.loggers:
+                logger.save()
+        except OSError as error:
+            _log.warning("the last batch's figures are not logged: %s", error)
 
 
 def interruptible(trainer: L.Trainer, items: Iterable[Item]) -> Iterator[Item]:

@@ -1,7 +1,8 @@
 """Asks SLURM to start this job once more.
 
 SLURM requeues a job only when asked: one that ends by itself within its grace time counts as completed, whatever it was
-told before. A job that somebody cancels gets the same SIGTERM as one that is preempted, so its state is read first.
+told before. A job that somebody cancels gets the same SIGTERM as one that is preempted, so its state is read first. At
+its time limit a job is COMPLETING, as a cancelled one is, but for the reason TimeLimit, and may be requeued.
 """
 
 import logging
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,12 +21,41 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 _ANOTHER_START = ("RUNNING", "PREEMPTED", "TIMEOUT", "SUSPENDED", "STOPPED")
 _SECONDS = 30.0
+_MOST_STARTS = 3
 
 
 def job_id() -> str | None:
     """The name SLURM knows this batch job by, `array_task` in an array; None outside of SLURM."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def gets_further(step: int) -> bool:
+    """Whether another start is worth it; said no, with a warning, to the third in a row that got no step further.
+
+    Args:
+        step: that the run has come to. Where the start began, and where those that got no further did, is in files of
+            the job's script (`slurm/again.sh`), which counts deaths in the same one.
+    """
+    if (path := os.environ.get("LDM_START_FILE")) is None:
+        return True
+    try:
+        began = Path(path).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        began = "before the first"
+    if began not in (str(step), "before the first"):
+        return True
+    with Path(f"{path}.deaths").open("a+", encoding="utf-8") as file:
+        file.write(f"{began}\n")
+        file.seek(0)
+        if file.read().splitlines()[-_MOST_STARTS:] != [began] * _MOST_STARTS:
+            return True
+    _log.warning(
+        "found that %d starts in a row were told to go, or died, before they took a step after %s; allowed are two; "
+        "ask SLURM for more time, or for a later signal (`sbatch --time=... --signal=USR1@...`), and submit it again",
+        *(_MOST_STARTS, began),
+    )
+    return False
 
 
 def ask_for_another_start(number: int, previous: Handler) -> bool:
@@ -72,8 +103,10 @@ def _requeued(job: str) -> bool:
 def _state(job: str) -> str:
     """The job's state, RUNNING if SLURM does not say."""
     answer = _scontrol("show", "--oneliner", "job", job)
-    found = re.search(r"\bJobState=(\w+)", "" if answer is None else answer.stdout)
-    return found.group(1) if found else "RUNNING"
+    said = "" if answer is None else answer.stdout
+    found = re.search(r"\bJobState=(\w+)", said)
+    state = found.group(1) if found else "RUNNING"
+    return "TIMEOUT" if state == "COMPLETING" and re.search(r"\bReason=TimeLimit\b", said) else state
 
 
 def _scontrol(*arguments: str) -> "subprocess.CompletedProcess[str] | None":

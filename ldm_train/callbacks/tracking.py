@@ -2,21 +2,25 @@
 
 W&B never asks a question: with an API key and a reachable server a run is online, otherwise it is recorded on disk
 (`wandb leet` shows it, `wandb sync` sends it later). The run's id is derived from its directory, so a requeued job
-continues the run it belongs to.
+continues the run it belongs to. Its records are written by a process of its own, which SIGTERM ends if it is sent to
+all processes of a job, as SLURM does. From then on W&B is told nothing, and the run goes on: a warning says so.
 
 `metrics.csv` is always there, needs nothing to read, and outlives a kill: each row is on disk when `save` returns, and
 a resumed run appends to it. A step that is replayed after a kill appears twice; the later row counts.
 """
 
 import csv
+import logging
 import os
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from hashlib import sha1
 from netrc import NetrcParseError, netrc
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import urlparse
 
@@ -28,6 +32,8 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_train.data.locations import shown
+
+_log = logging.getLogger(__name__)
 
 
 def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float | Tensor], step: int) -> None:
@@ -50,6 +56,25 @@ def save_picture(trainer: L.Trainer, picture: Image.Image, path: Path, key: str,
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(key, [picture], step=step)
+
+
+class LenientWandbLogger(WandbLogger):
+    """Lightning's, for which a run of W&B's that was begun and is lost is no error of the training."""
+
+    _is_lost = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Tells W&B, if it is there."""
+        self._tell(partial(super().log_metrics, metrics, step))
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:  # noqa: ANN401
+        """Shows W&B, if it is there."""
+        self._tell(partial(super().log_image, key, images, step, **kwargs))
+
+    def _tell(self, tell: Callable[[], None]) -> None:
+        _ = self.experiment  # one that cannot be begun is an error
+        if not self._is_lost:
+            self._is_lost = not _has_heard(tell)
 
 
 def wandb_logger(
@@ -79,7 +104,7 @@ def wandb_logger(
         directory.mkdir(parents=True, exist_ok=True)
     # Lightning's own `offline=True` would set WANDB_MODE for the whole process, hence for the next run of a sweep.
     mode = os.environ.get("WANDB_MODE") if offline is None else None
-    logger = WandbLogger(
+    logger = LenientWandbLogger(
         project=project,
         name=f"{name} {run_id}",
         save_dir=str(directory),
@@ -98,10 +123,30 @@ def wandb_id(run_dir: str | Path) -> str:
     return sha1(str(Path(run_dir).absolute()).encode()).hexdigest()[:12]
 
 
-def finish_wandb() -> None:
-    """Ends the process's W&B run, if there is one: a sweep's next run in this process must not write into it."""
+def finish_wandb(seconds: float | None = None) -> None:
+    """Ends the process's W&B run, if there is one: a sweep's next run in this process must not write into it.
+
+    Args:
+        seconds: after which it goes on in the background; None waits until all is sent.
+    """
     if "wandb" in sys.modules and (run := sys.modules["wandb"].run) is not None:
-        run.finish()
+        finishing = Thread(target=_has_heard, args=(run.finish,), name="finish_wandb", daemon=True)
+        finishing.start()
+        finishing.join(seconds)
+        if finishing.is_alive():
+            _log.warning("W&B has not received everything after %.0f s; `wandb sync` sends the rest", seconds)
+
+
+def _has_heard(tell: Callable[[], None]) -> bool:
+    """Whether W&B was there to be told; a warning says that it was not."""
+    import wandb
+
+    try:
+        tell()
+    except (OSError, wandb.Error) as error:
+        _log.warning("W&B is lost (%s): it lacks what came last, which `metrics.csv` has", error)
+        return False
+    return True
 
 
 def _command_holds_secrets() -> bool:

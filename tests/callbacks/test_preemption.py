@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import time
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -10,9 +12,10 @@ from torch.utils.data import DataLoader
 
 from ldm_train.callbacks import CheckpointWriter, MetricsCSV, Preempted, Preemption, SampleEvaluation
 from ldm_train.callbacks.preemption import SIGNALS, interruptible, listening
+from ldm_train.callbacks.requeue import gets_further
 from ldm_train.checkpoint import read_checkpoint
 from tests.callbacks.toy import NUM_IMAGES, ToyData, ToyStage, batch_of, trainer_of
-from tests.test_end_to_end import metrics
+from tests.test_end_to_end import last, metrics
 
 
 class SameBatches(ToyData):
@@ -121,6 +124,38 @@ def test_a_validation_in_the_midst_of_an_accumulation_is_finished(tmp_path):
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 2
 
 
+@pytest.mark.slow
+def test_wandb_s_process_may_be_killed_before_the_run_is_told_to_go(tmp_path, forked_runs):
+    """SLURM sends SIGTERM to every process of a job, and that one ends at once."""
+    forked_runs.start(
+        "experiment=demo_autoencoder", "debug=tiny", "trainer=cpu", "trainer.max_steps=100000", "run_id=told",
+        "trainer.val_check_interval=100000", "callbacks.progress.every_n_steps=10", "trainer.log_every_n_steps=1",
+        root=tmp_path,
+    )  # fmt: skip
+    _until(forked_runs.outputs[0].exists)
+    _until(lambda: "step 10/" in forked_runs.said())
+    (run,) = forked_runs.pids
+    (service,) = [pid for pid in _children(run) if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(service, signal.SIGTERM)
+    _until(lambda: "W&B is lost" in forked_runs.said())
+    os.kill(run, signal.SIGTERM)
+    codes, _ = forked_runs.wait()
+    assert codes == [128 + signal.SIGTERM], forked_runs.said()[-3000:]
+    saved = last(tmp_path, "demo_autoencoder", "told")["global_step"]
+    assert len(metrics(tmp_path / "demo_autoencoder/told")["train/loss"]) == saved
+
+
+def _until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _children(pid):
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
 def test_the_handlers_of_before_are_back_afterwards(tmp_path):
     before = [signal.getsignal(number) for number in SIGNALS]
     seen = []
@@ -158,12 +193,16 @@ def test_the_launcher_s_handler_is_called_when_all_is_saved(tmp_path, monkeypatc
     assert stop.value.code == 128 + number
 
 
-@pytest.mark.parametrize(("state", "calls"), [("RUNNING", ["show", "requeue"]), ("CANCELLED", ["show"])])
+@pytest.mark.parametrize(
+    ("state", "calls"),
+    [("RUNNING", ["show", "requeue"]), ("CANCELLED", ["show"]), ("COMPLETING", ["show"]),
+     ("COMPLETING Reason=TimeLimit", ["show", "requeue"])],
+)  # fmt: skip
 def test_slurm_is_asked_to_requeue_what_nobody_cancelled(tmp_path, monkeypatch, state, calls):
     record = tmp_path / "calls"
     script = tmp_path / "bin" / "scontrol"
     script.parent.mkdir()
-    script.write_text(f'#!/bin/bash\necho "$1 ${{!#}}" >> {record}\necho JobId=17 JobState={state} Reason=None\n')
+    script.write_text(f'#!/bin/bash\necho "$1 ${{!#}}" >> {record}\necho JobId=17 JobState={state} Restarts=0\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "19")
@@ -172,6 +211,15 @@ def test_slurm_is_asked_to_requeue_what_nobody_cancelled(tmp_path, monkeypatch, 
     with pytest.raises(Preempted):
         fit(tmp_path, Sender("on_train_batch_end", 2, signal.SIGTERM), requeue=True)
     assert record.read_text().splitlines() == [f"{call} 17_2" for call in calls]
+
+
+def test_the_third_start_in_a_row_without_a_step_is_the_last(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "17"
+    monkeypatch.setenv("LDM_START_FILE", str(path))
+    assert [gets_further(0) for _ in range(2)] == [True] * 2
+    path.write_text("40\n")
+    assert [gets_further(step) for step in (40, 40, 41, 40)] == [True, True, True, False]
+    assert "`sbatch --time=... --signal=USR1@...`" in caplog.text
 
 
 def test_a_forked_process_ignores_the_signal():
@@ -193,10 +241,29 @@ def test_a_second_signal_ends_the_process_at_once():
         preemption.install()
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)  # of the same event
-        preemption._received_at -= 3.0
+        preemption._last_at -= 3.0
         os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+
+
+def test_sigterm_at_the_limit_that_was_announced_leaves_a_save_its_time():
+    preemption = Preemption()
+    if not (child := os.fork()):
+        preemption.install()
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            preemption._last_at -= 3.0
+        os.kill(os.getpid(), signal.SIGTERM if preemption._received == signal.SIGUSR1 else 0)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    if not (child := os.fork()):
+        preemption.install()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        preemption._last_at -= 3.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_save_that_does_not_fit_the_grace_time_is_warned_of(tmp_path, caplog):

@@ -1,5 +1,6 @@
 import csv
 import socket
+import time
 
 import pytest
 import torch
@@ -164,3 +165,16 @@ def test_a_picture_is_written_as_it_was_drawn(tmp_path):
     pixels = torch.randint(0, 256, (5, 4, 3), dtype=torch.uint8).numpy()
     save_picture(trainer_of(tmp_path, []), Image.fromarray(pixels), tmp_path / "new" / "a.png", "val/a", 3)
     assert (Image.open(tmp_path / "new" / "a.png").tobytes()) == pixels.tobytes()
+
+
+def test_closing_that_takes_longer_than_there_is_goes_on_alone(monkeypatch, caplog):
+    class Slow:
+        def finish(self):
+            time.sleep(2)
+
+    monkeypatch.setattr(wandb, "run", Slow())
+    began = time.monotonic()
+    finish_wandb(0.1)
+    assert time.monotonic() - began < 1
+    assert "has not received everything" in caplog.text
+    monkeypatch.setattr(wandb, "run", None)

@@ -24,7 +24,7 @@ sys.exit(int(os.environ.get("STATUS", "0")))
 """
 FAKE_SCONTROL = """#!/bin/sh
 echo "$@" >> "$RECORD.scontrol"
-if [ "$1" = show ]; then echo "JobId=$4 JobState=${STATE:-RUNNING} Reason=None"; fi
+if [ "$1" = show ]; then echo "JobId=$4 JobState=${STATE:-RUNNING} Reason=${REASON:-None} Restarts=0"; fi
 """
 JOB = {"SLURM_JOB_ID": "4242", "SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "4"}
 
@@ -132,6 +132,12 @@ def test_a_job_whose_process_was_killed_goes_into_the_queue_again(submit, requeu
 def test_one_that_ended_by_itself_or_left_at_a_signal_does_not(submit, requeues, status):
     submit(STATUS=str(status))
     assert requeues() == 0
+
+
+@pytest.mark.parametrize("status", [137, 138, 140, 143])
+def test_one_that_was_told_to_go_and_was_not_done_at_its_time_limit_does(submit, requeues, status):
+    submit(STATUS=str(status), STATE="COMPLETING", REASON="TimeLimit")
+    assert requeues() == 1
 
 
 def test_the_first_process_that_ended_is_the_reason(submit, requeues):
