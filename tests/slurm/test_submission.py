@@ -146,8 +146,8 @@ def test_a_job_whose_process_is_killed_ends_names_it_and_goes_on_from_its_last_s
     facts = commands.cluster.wait(job, 400)
     said = output.read_text()
     assert facts["JobState"] == "COMPLETED", said[-3000:]
-    # SLURM 22.05 repeats the end of the old step after a minute. A cluster takes two to start a job again; here the next
-    # start is told to go by that, as by any SIGTERM, and there is one more.
+    # SLURM 22.05 repeats the end of the old step after a minute. A cluster takes two to start a job again; here the
+    # next start is told to go by that, as by any SIGTERM, and there is one more.
     assert facts["Restarts"] in ("1", "2")
     assert "rank 1 does not answer" in said
     assert "a process died with status 137 in a start from step 0" in said
