@@ -3,7 +3,9 @@
 # SLURM does so by itself for a node that fails, and not for a process that does: one that the kernel kills for memory,
 # or that a broken device or NCCL's time-out aborts. Its next start goes on from the last checkpoint. A job that dies
 # three times without having got further, as one does that lacks memory, is left to you; so is one that ends by an error
-# of its own (a status up to 128), which it would only meet again.
+# of its own (a status up to 128), which it would only meet again. SLURM has a requeued job wait for two minutes; where
+# a site has made that shorter than 70 s (cred_expire), a signal to the old start may meet the next one, which then saves
+# its state and is requeued once more.
 
 job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}"
 job="${job:-$SLURM_JOB_ID}"
