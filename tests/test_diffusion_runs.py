@@ -55,7 +55,10 @@ def _png(pixels):
 OF_STAGE_2 = sorted(set(names("shapes/tiny")) - {"dreambooth"})  # stage 3 needs a base: see test_dreambooth
 
 
-@pytest.mark.parametrize("experiment", OF_STAGE_2)
+@pytest.mark.parametrize(
+    "experiment",
+    ["ldm_512", *(pytest.param(name, marks=pytest.mark.thorough) for name in OF_STAGE_2 if name != "ldm_512")],
+)
 def test_every_experiment_runs_for_a_few_steps_and_resumes(experiment, shards, tmp_path):
     overrides = [f"experiment={experiment}", *SAMPLED, f"data.shards={shards}", "++unet.dropout=0.2"]
     train(composed(*overrides, "trainer.max_steps=2", root=tmp_path))

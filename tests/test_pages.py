@@ -101,8 +101,8 @@ def first(override: str) -> str:
 def test_every_kind_of_command_is_found():
     """A page whose blocks are written in another way would pass all other tests."""
     assert {Path(program).name for program, *_ in commands()} == {
-        "cp", "export", "make", "mkdir", "python", "python3", "sbatch", "source", "squeue", "srun", "tail", "tar",
-        "torchrun", "wandb",
+        "cp", "export", "make", "mkdir", "python", "python3", "sbatch", "scontrol", "source", "squeue", "srun", "tail",
+        "tar", "torchrun", "wandb",
     }  # fmt: skip
     assert len(starting_with("python", "-m", "ldm_train")) >= 10
     assert ["demo"] in starting_with("make")

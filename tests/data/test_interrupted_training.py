@@ -131,7 +131,7 @@ class StopAt(L.Callback):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("before", "after"),  # images a process and step, processes, workers
-    [((2, 2, 0), (2, 1, 2)), ((3, 1, 2), (1, 2, 1)), pytest.param((1, 1, 0), (2, 3, 0), marks=pytest.mark.slow)],
+    [((2, 2, 0), (2, 1, 2)), ((3, 1, 2), (1, 2, 1)), pytest.param((1, 1, 0), (2, 3, 0), marks=pytest.mark.thorough)],
 )
 def test_a_mixture_is_one_sequence_whatever_the_processes_and_workers_before_and_after(mixed, tmp_path, before, after):
     straight = trained(mixed, tmp_path / "straight", 360, 1)

@@ -198,7 +198,9 @@ def test_compiled_it_is_one_graph_and_keeps_its_keys(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", ["plain", *(pytest.param(name, marks=pytest.mark.thorough) for name in VARIANTS if name != "plain")]
+)
 def test_compiled_with_its_backward_pass_it_has_equal_gradients(name):
     unet = variant(name, checkpoint_factors=(1,), memory_format="channels_last")
     given = inputs_of(unet)

@@ -74,6 +74,7 @@ def test_rows_are_switched_on_one_by_one_and_written(tmp_path, capsys):
         assert row["of_diffusers"] is None
 
 
+@pytest.mark.thorough
 def test_diffusers_takes_turns(tmp_path):
     pytest.importorskip("diffusers")
     found = figures(tmp_path, *SMALLER, "--set", "channels=16", "vector_dim=null", "--without", "bfloat16", "compile")
@@ -85,7 +86,7 @@ def test_diffusers_takes_turns(tmp_path):
         assert row["of_row_above"] == pytest.approx(row["of_diffusers"] / above["of_diffusers"])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(not RESET_FILE.exists(), reason="this system does not tell the most memory that was held")
 def test_memory_is_a_row_s_own(tmp_path):
     """Checkpointing shows what it saves, and a row the same after others as first of all."""
@@ -135,18 +136,18 @@ def test_what_callbacks_add_is_told_beside_those_that_do_nothing(tmp_path, capsy
 
 
 def test_a_callback_that_takes_time_shows_it(monkeypatch, tmp_path):
-    """A millisecond in each step is a millisecond added, and its own."""
+    """Ten milliseconds in each step are ten milliseconds added, and its own."""
 
     class Slow(Preemption):
         def on_train_batch_end(self, *arguments):
             began = time.process_time()
-            while time.process_time() - began < 1e-3:
+            while time.process_time() - began < 1e-2:
                 pass
 
     monkeypatch.setattr(benchmark_steps, "Preemption", Slow)
     rows = figures(tmp_path, "steps", "--processes", "1", "--rounds", "1")["rows"]
     for row in rows:
-        assert row["own"] == pytest.approx(1e-3, rel=0.8)
+        assert row["own"] == pytest.approx(1e-2, rel=0.5)
 
 
 @pytest.mark.thorough
