@@ -182,6 +182,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_steps_and_every_metric_in_i
     forked_runs.start(*overrides, root=tmp_path)
     while not checkpoint.exists() and forked_runs.is_running:
         time.sleep(0.01)
+    # Lightning logs a step after the callbacks that have saved it: a kill between the two costs the record that line.
+    while 3 not in metrics(tmp_path / "demo/default").get("train/loss", {}) and forked_runs.is_running:
+        time.sleep(0.01)
     forked_runs.kill()
     forked_runs.wait()
     stopped = read_checkpoint(checkpoint)["global_step"]
@@ -190,8 +193,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_steps_and_every_metric_in_i
     assert f"Resuming from step {stopped}" in output
     assert last(tmp_path)["global_step"] == 30
     logged = metrics(tmp_path / "demo/default")["train/loss"]
-    # A kill between a save and the line of its step costs that line.
-    assert set(range(1, 30)) - set(logged) <= {stopped - 1}, "a step was trained and not logged"
+    assert max(logged) - min(logged) + 1 == len(logged) >= 29, "a step was trained and not logged"
     rows = [row for path in record_files(tmp_path / "demo/default") for row in history(path)]
     seen = {key.removesuffix("/_type") for row in rows for key in row}  # a picture is recorded by its parts
     assert {
