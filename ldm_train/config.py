@@ -30,6 +30,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError
 
+from ldm_train.callbacks import hide_idle_hooks
 from ldm_train.checkpoint import load_weights, read_checkpoint
 from ldm_train.data.locations import shown
 from ldm_train.secrets import without_secrets
@@ -222,6 +223,7 @@ def build(cfg: DictConfig, callbacks: tuple[L.Callback, ...] = ()) -> Run:
     loggers: list[Logger] = [_instantiate(node, f"logger.{name}") for name, node in (cfg.logger or {}).items() if node]
     watching = [_instantiate(node, f"callbacks.{name}") for name, node in (cfg.callbacks or {}).items() if node]
     trainer = _instantiate(cfg.trainer, "trainer", callbacks=[*watching, *callbacks], logger=loggers or False)
+    hide_idle_hooks(trainer.callbacks)
     return Run(stage, data, trainer)
 
 

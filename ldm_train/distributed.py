@@ -4,6 +4,7 @@ Every function is correct before a process group exists (`global_rank` is then 0
 over ranks is its argument), so that metrics and callbacks hold no `if distributed` of their own.
 """
 
+import time
 from datetime import timedelta
 
 import torch
@@ -92,6 +93,7 @@ class Agreement:
             # A group has a time-out of its own, half an hour if nobody says another.
             self._group = dist.new_group(backend="gloo", timeout=patience(_default_store()))  # type: ignore[assignment]
         self._work: dist.Work | None = None
+        self._is_forgotten = False
         self._pending = torch.zeros(1, dtype=torch.int64)
 
     @property
@@ -122,9 +124,72 @@ class Agreement:
             self._settled()
             dist.monitored_barrier(self._group, timeout=timedelta(seconds=seconds))
 
+    def forget(self) -> None:
+        """What was said so far is out of date, and the next call returns 0; every rank calls it at the same place."""
+        self._is_forgotten = True
+
     def _settled(self) -> int:
         if self._work is None:
             return 0
         self._work.wait()
         self._work = None
-        return int(self._pending)
+        is_forgotten, self._is_forgotten = self._is_forgotten, False
+        return 0 if is_forgotten else int(self._pending)
+
+
+class PacedAgreement:
+    """An `Agreement` that may be asked in every step of a run, and talks in some of them where steps are short.
+
+    Ranks that talked in each step of a millisecond would spend a twentieth of it on that. Where all of them find that
+    less than `seconds` have passed since they last talked, they let twice as many calls pass the next time, up to
+    `most_calls`. The first call after `talk_at_once` talks; with one process each does.
+
+    Args:
+        seconds: between two talks, about.
+        most_calls: of which one talks.
+    """
+
+    def __init__(self, seconds: float, most_calls: int) -> None:
+        self.seconds, self.most_calls = seconds, most_calls
+        self._agreement = Agreement()
+        self._talked_at = 0.0
+        self.talk_at_once()
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is nobody to agree with."""
+        return self._agreement.is_alone
+
+    def talk_at_once(self) -> None:
+        """What follows may take longer than what went before; every rank says so at the same place."""
+        self._every = self._to_go = 1
+
+    def exchange(self, value: int) -> int | None:
+        """What the talk before this one agreed on, as by `Agreement.exchange`; None if this call lets it pass."""
+        if self._agreement.is_alone:
+            return value
+        self._to_go -= 1
+        if self._to_go:
+            return None
+        now = time.monotonic()
+        is_late, self._talked_at = now - self._talked_at > self.seconds, now
+        # The number twice, plus one if this rank has waited long: of the ranks' values the largest tells both.
+        agreed = self._agreement.exchange(2 * value + is_late)
+        self._every = self._to_go = 1 if agreed else min(2 * self._every, self.most_calls)
+        return agreed // 2
+
+    def forget(self) -> None:
+        """What was said so far is out of date: see `Agreement.forget`."""
+        self._agreement.forget()
+
+    def now(self, value: int) -> int:
+        """What this call and the talk before it agree on; waits for the slowest rank."""
+        return self._agreement.now(2 * value) // 2
+
+    def wait(self, seconds: float) -> None:
+        """Wait until all ranks are here.
+
+        Raises:
+            RuntimeError: if one of them does not come in that time.
+        """
+        self._agreement.wait(seconds)

@@ -32,10 +32,10 @@ by batch.
   latents, members in memory that become a batch. `data.reducing_gap=1` decodes fewer pixels.
 
 `steps` times what the callbacks that every run has add to a step that does nothing but take `--step-ms`: the agreement
-of the ranks on signals, the checkpoints' clock, and with all of them throughput, guard and progress. They take turns,
-in one process and in `--processes` on gloo. "added" is what a step takes more than without callbacks, "own" more than
-with as many that do nothing, which Lightning calls at each of its hooks all the same. Figures are medians over rounds;
-in a round each has 50 steps in a row.
+of the ranks on signals, what they say of where they are, the checkpoints' clock, and with all of them throughput, guard
+and progress; Lightning's own checkpoints for comparison. They take turns, in one process and in `--processes` on gloo.
+"added" is what a step takes more than without callbacks, and its standard error. Figures are medians over rounds; in a
+round each has 50 steps in a row.
 """
 
 import argparse
@@ -104,12 +104,11 @@ def steps_table(rows: list[StepRow], facts: dict[str, object]) -> Table:
     """The rows of `steps` for people."""
     shown = Table(title=f"steps of {facts['step_ms']:g} ms, medians of {facts['rounds']} rounds")
     shown.add_column("callbacks", no_wrap=True)
-    for column in ("processes", "step, ms", "added, us", "of the step", "own, us", "of the step"):
+    for column in ("processes", "step, ms", "added, us", "+-", "of the step"):
         shown.add_column(column, justify="right")
     for row in rows:
-        cells = f"{row.processes}", f"{1e3 * row.step:.3f}", f"{1e6 * row.added:.1f}", f"{row.share:.2%}"
-        own = f"{1e6 * row.own:.1f}", f"{row.own_share:.2%}"
-        shown.add_row(row.name, *cells, *own, end_section=row.name == rows[-1].name)
+        cells = f"{row.processes}", f"{1e3 * row.step:.3f}", f"{1e6 * row.added:.1f}", f"{1e6 * row.error:.1f}"
+        shown.add_row(row.name, *cells, f"{row.share:.2%}", end_section=row.name == rows[-1].name)
     return shown
 
 

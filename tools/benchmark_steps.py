@@ -19,18 +19,27 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from torch.utils.data import DataLoader, IterableDataset
 
-from ldm_train.callbacks import CheckpointWriter, NonFiniteGuard, Preemption, ThroughputMonitor, progress_bar
+from ldm_train.callbacks import (
+    CheckpointWriter,
+    NonFiniteGuard,
+    Preemption,
+    RankWatch,
+    ThroughputMonitor,
+    hide_idle_hooks,
+    progress_bar,
+)
 
 BLOCK = 50  # steps: as many as between two logged ones
 HOUR = 60.0  # minutes: no save falls due
-_COUNTS = {"preemption": 1, "preemption, checkpoints": 2, "all": 5}  # row -> its callbacks
+NEVER = 10**9  # steps
 
 
 @dataclass(frozen=True)
@@ -42,18 +51,16 @@ class StepRow:
         processes: how many.
         step: seconds of a step, the median over blocks.
         added: seconds more than without callbacks, the median over rounds.
-        share: of the step without callbacks.
-        own: seconds more than with as many callbacks that do nothing, which Lightning calls all the same.
-        own_share: of the step without callbacks.
+        error: standard error of `added`, by the spread over rounds; 0 for a single round.
+        share: `added` as a share of the step without callbacks.
     """
 
     name: str
     processes: int
     step: float
     added: float
+    error: float
     share: float
-    own: float
-    own_share: float
 
 
 class Turns(L.LightningModule):
@@ -124,19 +131,17 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
 
 def variants(folder: str) -> dict[str, list[L.Callback]]:
     """Name -> callbacks; those of one kind are one."""
-    preemption, clock = Preemption(), CheckpointWriter(folder, every_n_steps=None, every_minutes=HOUR)
-    idle = [L.Callback() for _ in range(5)]
+    preemption, watch = Preemption(), RankWatch({})
+    clock = CheckpointWriter(folder, every_n_steps=None, every_minutes=HOUR)
+    own = [ThroughputMonitor(), NonFiniteGuard(), progress_bar(), preemption, watch, clock]
+    hide_idle_hooks(own)
     return {
         "none": [],
+        "Lightning's ModelCheckpoint": [ModelCheckpoint(folder, every_n_train_steps=NEVER)],
         "preemption": [preemption],
-        "preemption, checkpoints": [preemption, clock],
-        "all": [ThroughputMonitor(), NonFiniteGuard(), progress_bar(), preemption, clock],
-        **{_idle(count): idle[:count] for count in _COUNTS.values()},
+        "preemption, ranks, checkpoints": [watch, preemption, clock],
+        "all": own,
     }
-
-
-def _idle(count: int) -> str:
-    return f"{count} that do nothing"
 
 
 def rounds(arguments: argparse.Namespace, processes: int) -> dict[str, list[float]]:
@@ -146,9 +151,9 @@ def rounds(arguments: argparse.Namespace, processes: int) -> dict[str, list[floa
         each = variants(folder)
         module = Turns(each, arguments.rounds, arguments.step_ms / 1000, clock)
         trainer = L.Trainer(
-            callbacks=each["all"] + each[_idle(5)], max_steps=module.num_steps, max_epochs=-1, accelerator="cpu",
-            devices=processes, strategy="ddp" if processes > 1 else "auto", logger=False, log_every_n_steps=BLOCK,
-            enable_model_summary=False, default_root_dir=folder,
+            callbacks=[*each["Lightning's ModelCheckpoint"], *each["all"]], max_steps=module.num_steps, max_epochs=-1,
+            accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", logger=False,
+            log_every_n_steps=BLOCK, enable_model_summary=False, default_root_dir=folder,
         )  # fmt: skip
         trainer.fit(module, DataLoader(Batches(), batch_size=None))
     return module.found
@@ -157,14 +162,20 @@ def rounds(arguments: argparse.Namespace, processes: int) -> dict[str, list[floa
 def rows_of(found: dict[str, list[float]], processes: int) -> list[StepRow]:
     """The rows, of the rounds' times."""
     plain, rows = median(found["none"]), []
-
-    def more(name: str, than: str) -> float:
-        return median(one - other for one, other in zip(found[name], found[than], strict=True))
-
-    for name, count in _COUNTS.items():
-        added, own = more(name, "none"), more(name, _idle(count))
-        rows.append(StepRow(name, processes, median(found[name]), added, added / plain, own, own / plain))
+    for name, times in found.items():
+        if name != "none":
+            more = [one - other for one, other in zip(times, found["none"], strict=True)]
+            added = median(more)
+            rows.append(StepRow(name, processes, median(times), added, _error(more), added / plain))
     return rows
+
+
+def _error(values: list[float]) -> float:
+    """The standard error of the median, of normal values; by the quartiles, which outliers do not move."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = quantiles(values, n=4)
+    return 1.253 * (high - low) / 1.349 / len(values) ** 0.5
 
 
 def _rank(rank: int, processes: int, port: int, arguments: argparse.Namespace, output: str) -> None:

@@ -11,6 +11,7 @@ from ldm_train.callbacks.ema import EMACallback, evaluation_weights
 from ldm_train.callbacks.generation import SampleEvaluation
 from ldm_train.callbacks.guards import NonFiniteGuard, NonFiniteLossError
 from ldm_train.callbacks.health import AutoencoderHealth
+from ldm_train.callbacks.idle_hooks import hide_idle_hooks
 from ldm_train.callbacks.image_grid import AdapterGrid, ReconstructionGrid
 from ldm_train.callbacks.likelihood import LikelihoodEvaluation
 from ldm_train.callbacks.loss_by_time import LossByTime
@@ -47,6 +48,7 @@ __all__ = [
     "ThroughputMonitor",
     "evaluation_weights",
     "finish_wandb",
+    "hide_idle_hooks",
     "interruptible",
     "listening",
     "progress_bar",

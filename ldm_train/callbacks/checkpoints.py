@@ -23,9 +23,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from ldm_train.callbacks.ema import evaluation_weights
 from ldm_train.callbacks.progress import total_steps
 from ldm_train.checkpoint import replace_durably, verify_checkpoint
-from ldm_train.distributed import Agreement, all_reduce_sum
+from ldm_train.distributed import PacedAgreement, all_reduce_sum
 from ldm_train.interchange import AdapterBase, AdapterMetadata, write_adapters
 from ldm_train.stages import LoRAFineTuning, text_shape
+
+# How often ranks compare their clocks: in a hundredth of the time that is to pass, or so many steps.
+_SHARE_OF_CLOCK, _MOST_STEPS = 0.01, 64
 
 
 class CheckpointError(RuntimeError):
@@ -84,13 +87,14 @@ class CheckpointWriter(Checkpoint):
         self._best: float | None = None
         self._saved_step = self._seen_step = -1
         self._saved_at = time.monotonic()
-        self._agreement: Agreement | None = None
+        self._last_step = 0
+        self._agreement: PacedAgreement | None = None
         self._is_last_whole = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Clocks differ between ranks, and all save at the same step."""
         if self.every_minutes is not None:
-            self._agreement = Agreement()
+            self._agreement = PacedAgreement(_SHARE_OF_CLOCK * 60 * self.every_minutes, _MOST_STEPS)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """The best figure so far is part of a run's state."""
@@ -103,7 +107,7 @@ class CheckpointWriter(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The state a run resumes from needs no second save."""
         self._saved_step = self._seen_step = trainer.global_step
-        self._saved_at = time.monotonic()
+        self._saved_at, self._last_step = time.monotonic(), total_steps(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
         """Save when an optimizer step has just completed an interval."""
@@ -113,7 +117,7 @@ class CheckpointWriter(Checkpoint):
         self._seen_step = step
         is_late = self._is_late()
         # The last step is saved at the very end, after calibration, evaluation and export.
-        to_go = total_steps(trainer) - step
+        to_go = self._last_step - step
         if to_go == 0:
             return
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
@@ -150,7 +154,8 @@ class CheckpointWriter(Checkpoint):
     def _is_late(self) -> bool:
         if self._agreement is None or self.every_minutes is None:
             return False
-        return bool(self._agreement.exchange(int(time.monotonic() - self._saved_at > 60 * self.every_minutes)))
+        is_late = time.monotonic() - self._saved_at > 60 * self.every_minutes
+        return bool(self._agreement.exchange(is_late))
 
     def _is_kept(self, trainer: L.Trainer) -> bool:
         step = trainer.global_step
@@ -183,6 +188,8 @@ class CheckpointWriter(Checkpoint):
         if failed > 0:
             raise error or CheckpointError("rank 0 could not write a checkpoint; see its message")
         self._saved_step, self._saved_at = step, time.monotonic()
+        if self._agreement is not None:
+            self._agreement.forget()  # that it was late
         self.seconds += self._saved_at - began
         self.longest_save = max(self.longest_save, self._saved_at - began)
 

@@ -1,9 +1,9 @@
 """Stops a run whose loss is no number any more, instead of training on for days.
 
-The losses of all steps are kept on the device, with a flag for each image that has a pixel which is no finite number,
-and looked at together every `trainer.log_every_n_steps` optimizer steps, where logging waits for the device anyway, and
-before a checkpoint is written, so that no checkpoint holds the weights that such a step made. All ranks look at the
-same step and agree, so all stop together.
+The losses of all steps are kept on the device, with the sum of each image's pixels, which is no finite number if one of
+them is none. They are looked at together every `trainer.log_every_n_steps` optimizer steps, where logging waits for the
+device anyway, and before a checkpoint is written, so that no checkpoint holds the weights that such a step made. All
+ranks look at the same step and agree, so all stop together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ class NonFiniteLossError(RuntimeError):
 
 
 class _Step(NamedTuple):
-    """What is kept of a batch; `finite` (1 + B,) says of its loss and of each image whether it is a finite number."""
+    """What is kept of a batch: its loss (), and the sum of each image's pixels or moments (B,)."""
 
     step: int
     keys: list[str]
     loss: Tensor
-    finite: Tensor
+    sums: Tensor
 
 
 class NonFiniteGuard(L.Callback):
@@ -47,13 +47,12 @@ class NonFiniteGuard(L.Callback):
         batch: ImageTextBatch,
         batch_idx: int,
     ) -> None:
-        """Keeps the batch's loss and flags; on a logged step all ranks look at what they kept."""
+        """Keeps the batch's loss and sums; on a logged step all ranks look at what they kept."""
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         if loss is not None:
             pixels = batch["moments"] if "moments" in batch else batch["image"]
-            images = pixels.isfinite().flatten(1).all(dim=1)
-            finite = torch.cat([loss.detach().isfinite().view(1), images])
-            self._pending.append(_Step(trainer.global_step, batch["key"], loss.detach(), finite))
+            sums = pixels.flatten(1).sum(1, dtype=torch.float32)
+            self._pending.append(_Step(trainer.global_step, batch["key"], loss.detach(), sums))
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if trainer.global_step % every == 0 and self._pending:
             self._look_together(pl_module)
@@ -74,9 +73,10 @@ class NonFiniteGuard(L.Callback):
         pending, self._pending = self._pending, []
         if not pending:
             return None
-        flags = iter(torch.cat([kept.finite for kept in pending]).tolist())
-        for step, keys, loss, finite in pending:
-            loss_is_finite, *images_are_finite = islice(flags, len(finite))
+        kept = [values for step in pending for values in (step.loss.float().view(1), step.sums)]
+        flags = iter(torch.cat(kept).isfinite().tolist())
+        for step, keys, loss, sums in pending:
+            loss_is_finite, *images_are_finite = islice(flags, 1 + len(sums))
             bad = [key for key, good in zip(keys, images_are_finite, strict=True) if not good]
             if bad:
                 return NonFiniteLossError(_pixel_message(step, bad, float(loss)))

@@ -38,15 +38,13 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 from ldm_train.callbacks.checkpoints import CheckpointWriter
 from ldm_train.callbacks.requeue import Handler, ask_for_another_start, gets_further
-from ldm_train.distributed import Agreement
+from ldm_train.distributed import PacedAgreement
 
 _log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 _ONE_EVENT = 2.0  # seconds in which signals have one cause: SLURM sends some of them twice
-# Ranks that look for signals in each step of a millisecond would spend 4 % of it on that; where all of them find that
-# less than this has passed since they last looked, they let more steps pass, up to so many.
-_OFTEN, _MOST_STEPS = 0.1, 16
+_OFTEN, _MOST_STEPS = 0.1, 16  # how often ranks look for signals: seconds, and steps where steps are short
 
 Item = TypeVar("Item")
 
@@ -84,10 +82,11 @@ class Preemption(Checkpoint):
         self._owner = os.getpid()
         self._received, self._received_at = 0, 0.0
         self._last, self._last_at = 0, 0.0  # the signal that counts against the next one
-        self._agreement: Agreement | None = None
-        self._every, self._to_go = 1, 1  # steps between two looks, and to the next one
+        self._agreement: PacedAgreement | None = None
+        self._writers: list[CheckpointWriter] = []
         self._looked_at, self._longest_wait, self._saved = 0.0, 0.0, 0.0
-        self._is_warned = self._has_begun = False
+        self._is_warned = False
+        self._began_at = -1  # batches that earlier starts have trained
         self._previous: dict[int, Handler] = {}
 
     def remember(self, number: int, frame: FrameType | None = None) -> None:
@@ -105,20 +104,16 @@ class Preemption(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Makes the group in which ranks agree, and keeps Lightning's handlers and their broadcasts out."""
-        self._agreement = Agreement()
+        self._agreement = PacedAgreement(_OFTEN, _MOST_STEPS)
+        self._writers = [c for c in trainer.callbacks if isinstance(c, CheckpointWriter)]  # type: ignore[attr-defined]
         trainer._signal_connector = _NoHandlers(trainer)
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A signal may have come while the run was starting."""
         assert self._agreement is not None
-        self._leave(self._agreement.now(2 * self._received) // 2)
-        self._agreement.exchange(1)  # begin with a look in each step
-        self._look_often()
-
-    def on_train_batch_start(self, *_: Any) -> None:  # noqa: ANN401
-        """From now on there is a batch to be left."""
-        self._has_begun = True
+        self._leave(self._agreement.now(self._received))
+        self._began_at = _batches(trainer).processed
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
         """Leaves if the batch ended an optimizer step: gradients that were only accumulated would be lost."""
@@ -126,11 +121,11 @@ class Preemption(Checkpoint):
 
     def on_validation_start(self, *_: Any) -> None:  # noqa: ANN401
         """Its batches may take longer than those of the training."""
-        self._look_often()
+        self.look_at_once()
 
     def on_validation_end(self, *_: Any) -> None:  # noqa: ANN401
         """And those of the training longer than its."""
-        self._look_often()
+        self.look_at_once()
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
         """Leaves the validation; its averaged weights and its figures are dropped."""
@@ -140,9 +135,9 @@ class Preemption(Checkpoint):
         """Saves, when contexts have been left and the raw weights are back."""
         if not isinstance(exception, Preempted):
             return
-        for writer in _writers(trainer):
+        for writer in self._writers:
             writer.save_interrupted(trainer)
-        if self._has_begun:
+        if 0 <= self._began_at < _batches(trainer).processed:
             _log_left_batch(trainer)
         if trainer.is_global_zero:
             name, seconds = signal.Signals(exception.number).name, time.monotonic() - self._received_at
@@ -156,20 +151,18 @@ class Preemption(Checkpoint):
             Preempted: if any rank has received a signal.
         """
         assert self._agreement is not None
-        if trainer.state.fn == "fit" and trainer.fit_loop.epoch_loop._should_accumulate():
+        # With gradients to accumulate, a batch may end no step.
+        if trainer.accumulate_grad_batches > 1 and trainer.state.fn == "fit" and _is_amid_step(trainer):
             return
-        if self._agreement.is_alone:
+        agreed = self._agreement.exchange(self._received)
+        if agreed is not None:
             self._measure(trainer)
-            self._leave(self._received)
-            return
-        self._to_go -= 1
-        if self._to_go > 0:
-            return
-        # The number twice, plus one if this rank has waited long: of the ranks' values the largest tells both.
-        agreed = self._agreement.exchange(2 * self._received + (self._measure(trainer) > _OFTEN))
-        self._leave(agreed // 2)
-        self._every = 1 if agreed else min(2 * self._every, _MOST_STEPS)
-        self._to_go = self._every
+            self._leave(agreed)
+
+    def look_at_once(self) -> None:
+        """Every rank calls it at the same place: what follows may take longer than what went before."""
+        if self._agreement is not None:
+            self._agreement.talk_at_once()
 
     def hand_over(self, trainer: L.Trainer, number: int) -> None:
         """Rank 0 has the job started again; the others stay until it has, because SLURM ends a job with its first."""
@@ -196,21 +189,17 @@ class Preemption(Checkpoint):
             signal.signal(number, handler)
         self._previous = {}
 
-    def _look_often(self) -> None:
-        self._every = self._to_go = 1
-
     def _leave(self, number: int) -> None:
         if number:
             raise Preempted(number)
 
-    def _measure(self, trainer: L.Trainer) -> float:
-        """Seconds since the last look; compares what leaving takes with the time there is, once a save was made."""
-        writers = _writers(trainer)
-        now, saved = time.monotonic(), sum(writer.seconds for writer in writers)
+    def _measure(self, trainer: L.Trainer) -> None:
+        """Compares what leaving takes with the time there is, once a save was made."""
+        now, saved = time.monotonic(), sum(writer.seconds for writer in self._writers)
         waited = now - self._looked_at - (saved - self._saved) if self._looked_at else 0.0
-        self._longest_wait = max(self._longest_wait, waited)
         self._looked_at, self._saved = now, saved
-        longest_save = max((writer.longest_save for writer in writers), default=0.0)
+        self._longest_wait = max(self._longest_wait, waited)
+        longest_save = max((writer.longest_save for writer in self._writers), default=0.0)
         # Two waits: the one during which the signal comes, and the one after which all ranks know of it.
         needed = longest_save + 2 * self._longest_wait
         if longest_save and needed > self.grace_seconds and not self._is_warned and trainer.is_global_zero:
@@ -221,7 +210,6 @@ class Preemption(Checkpoint):
                 "change `callbacks.preemption.grace_seconds`",
                 *(longest_save, self._longest_wait, self.grace_seconds, int(2 * needed) + 1),
             )
-        return waited
 
 
 class _NoHandlers(_SignalConnector):
@@ -233,8 +221,8 @@ class _NoHandlers(_SignalConnector):
 
 def _log_left_batch(trainer: L.Trainer) -> None:
     """Log the figures of a batch that is trained, but whose last hooks were left: no start will train it again."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress.total
-    if trainer.training and batches.processed > batches.completed:  # type: ignore[attr-defined]
+    batches = _batches(trainer)
+    if trainer.training and batches.processed > batches.completed:
         try:
             trainer._logger_connector.on_batch_end()
             trainer._logger_connector.update_train_step_metrics()
@@ -252,7 +240,7 @@ def interruptible(trainer: L.Trainer, items: Iterable[Item]) -> Iterator[Item]:
     """
     preemption = _of(trainer)
     if preemption is not None:
-        preemption._look_often()
+        preemption.look_at_once()
     for item in items:
         if preemption is not None:
             preemption.leave_if_told(trainer)
@@ -276,8 +264,13 @@ def listening(trainer: L.Trainer) -> Iterator[None]:
         preemption.uninstall()
 
 
-def _writers(trainer: L.Trainer) -> list[CheckpointWriter]:
-    return [c for c in trainer.callbacks if isinstance(c, CheckpointWriter)]  # type: ignore[attr-defined]
+def _batches(trainer: L.Trainer) -> Any:  # noqa: ANN401
+    """How many training batches the run has begun, trained and ended."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total
+
+
+def _is_amid_step(trainer: L.Trainer) -> bool:
+    return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def _of(trainer: L.Trainer) -> Preemption | None:

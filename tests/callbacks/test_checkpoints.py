@@ -63,6 +63,37 @@ def test_minutes_are_a_clock_too(tmp_path, monkeypatch):
     assert all(b - a >= 2 for a, b in itertools.pairwise(saved[:-2]))
 
 
+class OneTalkLater:
+    """What ranks agree on when all say the same: each call returns what the one before said, if it still counts."""
+
+    is_alone = False
+
+    def __init__(self):
+        self.pending = 0
+
+    def exchange(self, value):
+        agreed, self.pending = self.pending, value
+        return agreed
+
+    def forget(self):
+        self.pending = 0
+
+
+def test_ranks_that_learn_late_that_time_is_up_save_once(tmp_path, monkeypatch):
+    now, saved = [0.0], []
+
+    class Steps(L.Callback):
+        def on_train_batch_start(self, *_):
+            now[0] += 11.0
+
+    writer = CheckpointWriter(str(tmp_path), every_n_steps=None, every_minutes=1.0)
+    monkeypatch.setattr("ldm_train.callbacks.checkpoints.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(CheckpointWriter, "_write", lambda self, checkpoint, step: saved.append(step))
+    monkeypatch.setattr("ldm_train.callbacks.checkpoints.PacedAgreement", lambda *_: OneTalkLater())
+    fit(tmp_path, writer, Steps(), max_steps=24)
+    assert saved == [7, 14, 21, 23, 24]  # 66 s, and a step until all know of it
+
+
 class Figures(L.Callback):
     """Validation figures as they are given."""
 

@@ -296,8 +296,8 @@ def test_work_between_two_looks_is_left_at_an_item(tmp_path):
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 1
 
 
-class Agreements:
-    """Of two ranks, the other of which has nothing to say; `calls` are this rank's."""
+class Talks:
+    """With another rank that has nothing to say; `calls` are this rank's."""
 
     is_alone = False
 
@@ -313,8 +313,10 @@ class Agreements:
 @pytest.mark.parametrize(("seconds", "looks"), [(0.001, range(60, 80)), (0.2, range(990, 1001))])
 def test_ranks_look_for_signals_often_but_not_in_each_step_of_a_millisecond(tmp_path, monkeypatch, seconds, looks):
     preemption, trainer, now = Preemption(), trainer_of(tmp_path, []), [1.0]
-    monkeypatch.setattr("ldm_train.callbacks.preemption.time.monotonic", lambda: now[0])
-    preemption._agreement, trainer.state.fn = Agreements(), "validate"
+    monkeypatch.setattr("ldm_train.distributed.time.monotonic", lambda: now[0])
+    preemption.setup(trainer, None, "validate")
+    preemption._agreement._agreement = talks = Talks()
+    trainer.state.fn = "validate"
 
     def steps(count):
         for _ in range(count):
@@ -322,7 +324,7 @@ def test_ranks_look_for_signals_often_but_not_in_each_step_of_a_millisecond(tmp_
             preemption.leave_if_told(trainer)
 
     steps(1000)
-    assert len(preemption._agreement.calls) in looks
+    assert len(talks.calls) in looks
     preemption._received = signal.SIGTERM
     with pytest.raises(Preempted, match=str(128 + signal.SIGTERM)):
         steps(40)

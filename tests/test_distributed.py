@@ -1,0 +1,71 @@
+"""What ranks agree on: the largest number of the talk before, on all of them, however seldom they talk."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import torch.distributed as dist
+
+from ldm_train import distributed
+from ldm_train.distributed import Agreement, PacedAgreement
+from tests.ranks import run_ranks
+
+
+def _joined(rank, path):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+
+
+def _each_call_returns_what_the_one_before_agreed_on(rank, path):
+    _joined(rank, path)
+    agreement, said = Agreement(), [[3, 0, 1, 0, 7, 0], [0, 5, 1, 0, 2, 0]]
+    assert [agreement.exchange(value) for value in said[rank]] == [0, 3, 5, 1, 0, 7]
+    assert agreement.now(rank) == 1
+    dist.destroy_process_group()
+
+
+def test_each_call_returns_what_the_one_before_agreed_on(tmp_path):
+    run_ranks(_each_call_returns_what_the_one_before_agreed_on, tmp_path / "store")
+
+
+def _what_is_out_of_date_is_not_heard(rank, path):
+    _joined(rank, path)
+    agreement = Agreement()
+    agreement.exchange(4)
+    agreement.forget()
+    assert [agreement.exchange(value) for value in (2, 0, 0)] == [0, 2, 0]
+    dist.destroy_process_group()
+
+
+def test_what_is_out_of_date_is_not_heard(tmp_path):
+    run_ranks(_what_is_out_of_date_is_not_heard, tmp_path / "store")
+
+
+def _a_word_is_heard_by_all_at_one_call(rank, path):
+    """Rank 1 alone is slow for some calls, and alone has something to say from the sixtieth on."""
+    _joined(rank, path)
+    now = [0.0]
+    distributed.time = SimpleNamespace(monotonic=lambda: now[0])
+    agreement, answers = PacedAgreement(seconds=1.0, most_calls=8), []
+    for call in range(100):
+        now[0] += 10.0 if rank == 1 and 40 <= call < 50 else 0.001
+        answers.append(agreement.exchange(9 if rank == 1 and call >= 60 else 0))
+    both = [None, None]
+    dist.all_gather_object(both, answers)
+    assert both[0] == both[1]
+    talks = [call for call, answer in enumerate(answers) if answer is not None]
+    gaps = [later - earlier for earlier, later in pairwise(talks)]
+    assert gaps[:5] == [2, 4, 8, 8, 8]
+    assert 1 in gaps[5:]  # one of them was slow
+    assert set(answers) == {None, 0, 9}
+    assert 60 < answers.index(9) <= 60 + 2 * 8
+    dist.destroy_process_group()
+
+
+def test_a_word_is_heard_by_all_at_one_call(tmp_path):
+    run_ranks(_a_word_is_heard_by_all_at_one_call, tmp_path / "store")
+
+
+def test_one_process_talks_at_each_call():
+    agreement = PacedAgreement(seconds=1.0, most_calls=8)
+    assert agreement.is_alone
+    assert [agreement.exchange(value) for value in (0, 3, 0)] == [0, 3, 0]
+    assert agreement.now(2) == 2
