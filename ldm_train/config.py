@@ -6,7 +6,6 @@ once: keys no callable takes, keys nobody has given a value, and plain values of
 """
 
 import difflib
-import hashlib
 import inspect
 import operator
 import os
@@ -34,7 +33,7 @@ from ldm_train.callbacks import hide_idle_hooks
 from ldm_train.checkpoint import load_weights, read_checkpoint
 from ldm_train.data.locations import shown
 from ldm_train.secrets import without_secrets
-from ldm_train.submission import gpus_per_node, study_of, tasks_per_node
+from ldm_train.submission import SWEPT_KEYS, gpus_per_node, job_name, study_of, tasks_per_node
 
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 _TASKS = ("fit", "validate")
@@ -385,9 +384,9 @@ def dry_run_output() -> Path:
 
 
 def _run_id(default: str) -> str:
-    """`default` for a single run; in a multirun the job's own overrides, so that no two jobs share a directory."""
+    """`default` for a single run; in a multirun the job's own name, so that no two jobs share a directory."""
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        name = HydraConfig.get().job.override_dirname.replace("/", "_") or default
-        # File systems allow 255 bytes.
-        return name if len(name) <= 150 else f"{name[:130]}-{hashlib.sha1(name.encode()).hexdigest()[:12]}"
+        hydra, swept = HydraConfig.get(), os.environ.get(SWEPT_KEYS, "").split(",")
+        excluded = hydra.job.config.override_dirname.exclude_keys
+        return job_name(hydra.overrides.task, swept, excluded) or default
     return default

@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.isolation import JobDiedError, JobFailedError
 from ldm_train.results import described
+from ldm_train.submission import SWEPT_KEYS
 from ldm_train.sweeps import (
     FINISHED,
     draw_table,
@@ -84,6 +85,7 @@ class SweepResults(Callback):
         self._group = f"{OmegaConf.select(config, 'name', default='unnamed')} {name}"
         self._start = datetime.now().astimezone().isoformat()
         self._directory, self._owner = directory, os.getpid()
+        os.environ[SWEPT_KEYS] = ",".join(_swept_keys(config))
         save_plan(directory, _planned(config), self._start)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:  # noqa: ANN401
@@ -115,6 +117,7 @@ class SweepResults(Callback):
         """Show the table; the status says whether all of its jobs finished."""
         if self._directory is None:
             return
+        os.environ.pop(SWEPT_KEYS, None)
         if os.environ.get(GROUP) == self._group:
             del os.environ[GROUP]
         if self._report():
@@ -152,7 +155,8 @@ class SweepResults(Callback):
         bad = unfinished(table, self._start)
         where = f"{path}" if picture is None else f"{path}, {picture.name}"
         print(
-            f"\n{shown(table)}\n\n{len(table.rows)} jobs, {len(bad)} of this sweep without a figure: {where}",
+            f"\n{shown(table)}\n\n{len(table.rows)} job{'s'[: len(table.rows) != 1]}, {len(bad)} of this sweep without a "
+            f"figure: {where}",
             flush=True,
         )
         return bool(bad)
@@ -163,9 +167,12 @@ def sweep_name(config: DictConfig) -> str:
     choice = config.hydra.runtime.choices.get("sweep")
     if choice:
         return str(choice)
+    return re.sub(r"[^\w.,-]", "_", ",".join(_swept_keys(config)))[:_MOST_CHARACTERS] or "jobs"
+
+
+def _swept_keys(config: DictConfig) -> list[str]:
     last = {each.get_key_element(): each for each in _overrides(config)}
-    keys = [key for key, each in last.items() if each.is_sweep_override()]
-    return re.sub(r"[^\w.,-]", "_", ",".join(keys))[:_MOST_CHARACTERS] or "jobs"
+    return [key for key, each in last.items() if each.is_sweep_override()]
 
 
 def _refuse_trainer_without_slurm(config: DictConfig) -> None:

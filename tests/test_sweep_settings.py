@@ -3,7 +3,7 @@
 import pytest
 
 from ldm_train.config import ConfigError, plain
-from ldm_train.submission import study_of
+from ldm_train.submission import job_name, study_of
 from ldm_train.sweeps import save_plan, table_of_sweep, unfinished
 from ldm_train.train import refuse_figures_of_other_settings
 
@@ -57,3 +57,27 @@ def test_a_second_sweep_of_the_same_keys_keeps_the_plan_of_the_first(tmp_path):
     table = table_of_sweep(tmp_path)
     assert {row.overrides["seed"] for row in table.rows} == {"0", "1", "2"}
     assert {row.overrides["seed"] for row in unfinished(table, "2026-01-02T00:00:00+00:00")} == {"1", "2"}
+
+
+def test_jobs_are_named_by_what_a_sweep_varies_and_told_apart_by_all_settings():
+    fixed = ["experiment=demo", "trainer.max_steps=9", "data.shards='/data/{00..01}.tar'", "trainer.max_steps=5"]
+
+    def name(*words, swept=("optimizer.lr",)):
+        return job_name(words, swept, ["experiment", "trainer"])
+
+    first = name(*fixed, "optimizer.lr=1e-4")
+    assert first.rpartition("-")[0] == "optimizer.lr=1e-4"
+    assert first == name("optimizer.lr=1e-4", *fixed[1:], "experiment=other", "trainer=ddp")
+    others = {
+        name(*fixed, "optimizer.lr=1e-5"),
+        name(*fixed, "trainer.max_steps=9", "optimizer.lr=1e-4"),
+        name(*fixed[:2], "optimizer.lr=1e-4"),
+        name(*fixed, "optimizer.lr=1e-4", swept=["trainer.max_steps"]),
+    }
+    assert len(others | {first}) == 5
+    assert name("experiment=demo", "optimizer.lr=1e-4") == "optimizer.lr=1e-4"
+    assert name("data.shards=a/b", "+seed=1", swept=[""]) == "data.shards=a_b,+seed=1"  # of nobody's sweep
+    assert name("experiment=demo") == ""
+    long = {name(f"optimizer.lr={'1' * 300}{end}", "seed=1") for end in "12"}
+    assert len(long) == 2
+    assert max(map(len, long)) < 255
