@@ -154,11 +154,8 @@ class SweepResults(Callback):
         path, picture = write_table(table, self._directory), draw_table(table, self._directory)
         bad = unfinished(table, self._start)
         where = f"{path}" if picture is None else f"{path}, {picture.name}"
-        print(
-            f"\n{shown(table)}\n\n{len(table.rows)} job{'s'[: len(table.rows) != 1]}, {len(bad)} of this sweep without a "
-            f"figure: {where}",
-            flush=True,
-        )
+        count = "1 job" if len(table.rows) == 1 else f"{len(table.rows)} jobs"
+        print(f"\n{shown(table)}\n\n{count}, {len(bad)} of this sweep without a figure: {where}", flush=True)
         return bool(bad)
 
 
