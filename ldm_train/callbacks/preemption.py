@@ -195,10 +195,14 @@ class Preemption(Checkpoint):
 
     def _measure(self, trainer: L.Trainer) -> None:
         """Compares what leaving takes with the time there is, once a save was made."""
-        now, saved = time.monotonic(), sum(writer.seconds for writer in self._writers)
-        waited = now - self._looked_at - (saved - self._saved) if self._looked_at else 0.0
+        now, saved = time.monotonic(), 0.0
+        for writer in self._writers:
+            saved += writer.seconds
+        saving, waited = saved - self._saved, now - self._looked_at if self._looked_at else 0.0
         self._looked_at, self._saved = now, saved
-        self._longest_wait = max(self._longest_wait, waited)
+        if not saving and waited <= self._longest_wait:
+            return
+        self._longest_wait = max(self._longest_wait, waited - saving)
         longest_save = max((writer.longest_save for writer in self._writers), default=0.0)
         # Two waits: the one during which the signal comes, and the one after which all ranks know of it.
         needed = longest_save + 2 * self._longest_wait
