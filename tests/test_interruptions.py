@@ -55,8 +55,9 @@ def assert_same_end(root, run_id):
     unbroken, broken = last(root, run_id="unbroken"), last(root, run_id=run_id)
     for part in PARTS:
         assert equal(broken[part], unbroken[part]), (run_id, part)
-    expected, found = (metrics(root / "demo" / name)["train/loss"] for name in ("unbroken", run_id))
-    assert all(expected[step] == loss for step, loss in found.items()), run_id
+    expected, found = (metrics(root / "demo" / name) for name in ("unbroken", run_id))
+    for key in ("train/loss", "val/loss"):
+        assert found[key] == expected[key], (run_id, key)
 
 
 @pytest.mark.slow

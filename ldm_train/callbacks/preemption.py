@@ -38,6 +38,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 from ldm_train.callbacks.checkpoints import CheckpointWriter
 from ldm_train.callbacks.requeue import Handler, ask_for_another_start, gets_further
+from ldm_train.callbacks.tracking import log_trained_batch
 from ldm_train.distributed import Agreement
 
 _log = logging.getLogger(__name__)
@@ -140,10 +141,12 @@ class Preemption(Checkpoint):
         """Saves, when contexts have been left and the raw weights are back."""
         if not isinstance(exception, Preempted):
             return
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total
+        # Its last hooks were left, and no start will train it again.
+        if self._has_begun and trainer.training and batches.processed > batches.completed:  # type: ignore[attr-defined]
+            log_trained_batch(trainer)
         for writer in _writers(trainer):
             writer.save_interrupted(trainer)
-        if self._has_begun:
-            _log_left_batch(trainer)
         if trainer.is_global_zero:
             name, seconds = signal.Signals(exception.number).name, time.monotonic() - self._received_at
             after = f", {seconds:.1f} s after the signal" if self._received else ""
@@ -229,19 +232,6 @@ class _NoHandlers(_SignalConnector):
 
     def register_signal_handlers(self) -> None:
         """The handlers of `Preemption` stay."""
-
-
-def _log_left_batch(trainer: L.Trainer) -> None:
-    """Log the figures of a batch that is trained, but whose last hooks were left: no start will train it again."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress.total
-    if trainer.training and batches.processed > batches.completed:  # type: ignore[attr-defined]
-        try:
-            trainer._logger_connector.on_batch_end()
-            trainer._logger_connector.update_train_step_metrics()
-            for logger in trainer.loggers:
-                logger.save()
-        except OSError as error:
-            _log.warning("the last batch's figures are not logged: %s", error)
 
 
 def interruptible(trainer: L.Trainer, items: Iterable[Item]) -> Iterator[Item]:

@@ -6,7 +6,8 @@ continues the run it belongs to. Its records are written by a process of its own
 all processes of a job, as SLURM does. From then on W&B is told nothing, and the run goes on: a warning says so.
 
 `metrics.csv` is always there, needs nothing to read, and outlives a kill: each row is on disk when `save` returns, and
-a resumed run appends to it. A step that is replayed after a kill appears twice; the later row counts.
+a resumed run appends to it. A step has its row before a checkpoint has the step, so none is missing; one that is
+replayed after a kill appears twice, and the later row counts.
 """
 
 import csv
@@ -46,6 +47,23 @@ def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float | Tensor], step:
         logger.log_metrics(values, step=step)
         logger.save()
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+
+
+def log_trained_batch(trainer: L.Trainer) -> None:
+    """Gives the figures of the batch that was just trained to all loggers, and to none of them again.
+
+    Lightning does so behind all callbacks, hence after a checkpoint that one of them writes: a run that is killed
+    between the two would go on after a step without a row. Every rank calls it.
+    """
+    connector = trainer._logger_connector
+    try:
+        connector.update_train_step_metrics()
+    except OSError as error:  # a save is worth more than a row
+        _log.warning("the last batch's figures are not logged: %s", error)
+        return
+    # In the place of Lightning's own call, once; a second one here is no other.
+    name = "update_train_step_metrics"
+    setattr(connector, name, partial(vars(connector).pop, name, None))
 
 
 @rank_zero_only
