@@ -2,8 +2,9 @@
 
 W&B never asks a question: with an API key and a reachable server a run is online, otherwise it is recorded on disk
 (`wandb leet` shows it, `wandb sync` sends it later). The run's id is derived from its directory, so a requeued job
-continues the run it belongs to. Its records are written by a process of its own, which SIGTERM ends if it is sent to
-all processes of a job, as SLURM does. From then on W&B is told nothing, and the run goes on: a warning says so.
+continues the run it belongs to. Its records are written by a process of its own, a second late, which SIGTERM ends at
+once, and SLURM sends it to all processes of a job. From then on W&B is told nothing, and the run goes on: a warning
+says so.
 
 `metrics.csv` is always there, needs nothing to read, and outlives a kill: each row is on disk when `save` returns, and
 a resumed run appends to it. A step has its row before a checkpoint has the step, so none is missing; one that is
@@ -17,6 +18,7 @@ import socket
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from hashlib import sha1
 from netrc import NetrcParseError, netrc
@@ -35,6 +37,8 @@ from torch import Tensor
 from ldm_train.data.locations import shown
 
 _log = logging.getLogger(__name__)
+
+_FLUSH_SECONDS = 1.0  # what W&B's record lacks if its process is ended; W&B's own default is 15
 
 
 def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float | Tensor], step: int) -> None:
@@ -130,7 +134,13 @@ def wandb_logger(
         group=group,
         tags=tags,
         mode=mode or ("offline" if _must_be_offline(offline) else "online"),
-        settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_meta=_command_holds_secrets()),
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            x_disable_meta=_command_holds_secrets(),
+            x_transaction_log_flush_interval=_FLUSH_SECONDS,
+        ),
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning always passes it on, wandb 0.31 warns that it means nothing
     return logger
@@ -148,11 +158,19 @@ def finish_wandb(seconds: float | None = None) -> None:
         seconds: after which it goes on in the background; None waits until all is sent.
     """
     if "wandb" in sys.modules and (run := sys.modules["wandb"].run) is not None:
-        finishing = Thread(target=_has_heard, args=(run.finish,), name="finish_wandb", daemon=True)
+        finishing = Thread(target=_finish, args=(run,), name="finish_wandb", daemon=True)
         finishing.start()
         finishing.join(seconds)
         if finishing.is_alive():
             _log.warning("W&B has not received everything after %.0f s; `wandb sync` sends the rest", seconds)
+
+
+def _finish(run: Any) -> None:  # noqa: ANN401
+    import wandb
+
+    if not _has_heard(run.finish):
+        with suppress(OSError, wandb.Error):  # at the interpreter's end it would be a traceback
+            wandb.teardown()
 
 
 def _has_heard(tell: Callable[[], None]) -> bool:
