@@ -12,14 +12,13 @@ import time
 
 import pytest
 
+from .conftest import small_demo
 from .test_end_to_end import equal, last, metrics
 
 STEPS = 20
 RUN = [
-    "experiment=demo", "debug=tiny", "logger=csv", "stage.autoencoder.checkpoint=untrained", "callbacks.samples=null",
-    "sampler.num_steps=2", f"trainer.max_steps={STEPS}", f"lr_scheduler.total_steps={STEPS}",
-    "trainer.val_check_interval=7", "callbacks.checkpoint.every_n_steps=3", "data.limit=50", "data.val_fraction=0.1",
-    "unet.channels=32", "conditioner.context_dim=64", "autoencoder.channels=16",
+    *small_demo(STEPS), "callbacks.samples=null", "trainer.val_check_interval=7", "data.val_fraction=0.1",
+    "callbacks.checkpoint.every_n_steps=3",
 ]  # fmt: skip
 RUNS = {
     1: [*RUN, "data.batch_size=4", "data.num_workers=1", "data.cache_decoded=false"],

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ldm_train.train import train
-from tests.conftest import composed
+from tests.conftest import composed, small_demo
 from tests.test_end_to_end import equal, last, metrics
 from tests.test_interruptions import PARTS
 from tests.wandb_record import history
@@ -24,12 +24,10 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed]
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 RUN = [
-    "experiment=demo", "debug=tiny", "logger=csv", "stage.autoencoder.checkpoint=untrained", "sampler.num_steps=2",
-    f"trainer.max_steps={STEPS}", f"lr_scheduler.total_steps={STEPS}", "trainer.val_check_interval=5",
-    "trainer.limit_val_batches=1.0", "data.limit=50", "data.val_fraction=0.3", "unet.channels=32",
-    "conditioner.context_dim=64", "autoencoder.channels=16", "callbacks.checkpoint.every_n_steps=100",
+    *small_demo(STEPS), "trainer.val_check_interval=5", "trainer.limit_val_batches=1.0", "data.val_fraction=0.3",
+    "callbacks.checkpoint.every_n_steps=100", "callbacks.progress.every_n_steps=1",
     "callbacks.samples.num_images=40", "callbacks.samples.num_pairs=4", "callbacks.samples.num_real=8",
-    "callbacks.samples.batch_size=2", "callbacks.samples.every_n_steps=8", "callbacks.progress.every_n_steps=1",
+    "callbacks.samples.batch_size=2", "callbacks.samples.every_n_steps=8",
 ]  # fmt: skip
 TWO_NODES = ["data.batch_size=2", "data.val_batch_size=1", "data.num_workers=1", "trainer.accelerator=cpu",
              "+callbacks.pace._target_=tests.slurm.pace.Pace", "+callbacks.pace.seconds=0.15"]  # fmt: skip
