@@ -21,7 +21,7 @@ from ldm_train.callbacks.ranks import RankWatch
 from ldm_train.callbacks.reconstruction import ReconstructionFrechet
 from ldm_train.callbacks.summary import RunSummary
 from ldm_train.callbacks.throughput import ThroughputMonitor
-from ldm_train.callbacks.tracking import MetricsCSV, finish_wandb, wandb_logger
+from ldm_train.callbacks.tracking import MetricsCSV, finish_wandb, leave_wandb, wandb_logger
 
 __all__ = [
     "AdapterExport",
@@ -48,6 +48,7 @@ __all__ = [
     "evaluation_weights",
     "finish_wandb",
     "interruptible",
+    "leave_wandb",
     "listening",
     "progress_bar",
     "wandb_logger",

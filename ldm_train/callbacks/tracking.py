@@ -151,26 +151,41 @@ def wandb_id(run_dir: str | Path) -> str:
     return sha1(str(Path(run_dir).absolute()).encode()).hexdigest()[:12]
 
 
-def finish_wandb(seconds: float | None = None) -> None:
-    """Ends the process's W&B run, if there is one: a sweep's next run in this process must not write into it.
+def finish_wandb() -> None:
+    """Ends the process's W&B run, if there is one: a sweep's next run in this process must not write into it."""
+    if (run := _wandb_run()) is not None and not _has_heard(run.finish):
+        _dismiss_service()
+
+
+def leave_wandb(seconds: float) -> None:
+    """Ends the process's W&B run, if there is one, and W&B's own process, before SLURM does.
 
     Args:
-        seconds: after which it goes on in the background; None waits until all is sent.
+        seconds: after which it goes on in the background.
     """
-    if "wandb" in sys.modules and (run := sys.modules["wandb"].run) is not None:
-        finishing = Thread(target=_finish, args=(run,), name="finish_wandb", daemon=True)
-        finishing.start()
-        finishing.join(seconds)
-        if finishing.is_alive():
+
+    def leave() -> None:
+        finish_wandb()
+        _dismiss_service()
+
+    if _wandb_run() is not None:
+        leaving = Thread(target=leave, name="leave_wandb", daemon=True)
+        leaving.start()
+        leaving.join(seconds)
+        if leaving.is_alive():
             _log.warning("W&B has not received everything after %.0f s; `wandb sync` sends the rest", seconds)
 
 
-def _finish(run: Any) -> None:  # noqa: ANN401
+def _wandb_run() -> Any:  # noqa: ANN401
+    return sys.modules["wandb"].run if "wandb" in sys.modules else None
+
+
+def _dismiss_service() -> None:
+    """End W&B's own process; one that is gone already would be a traceback at the interpreter's end."""
     import wandb
 
-    if not _has_heard(run.finish):
-        with suppress(OSError, wandb.Error):  # at the interpreter's end it would be a traceback
-            wandb.teardown()
+    with suppress(OSError, wandb.Error, SystemExit):
+        wandb.teardown()
 
 
 def _has_heard(tell: Callable[[], None]) -> bool:
