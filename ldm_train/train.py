@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.callbacks import Preempted, RankWatch, RunRecord, finish_wandb, listening
+from ldm_train.callbacks import Preempted, RankWatch, RunRecord, finish_wandb, leave_wandb, listening
 from ldm_train.checkpoint import UNTRAINED, load_weights, read_checkpoint, verify_checkpoint
 from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain, unwritable
 from ldm_train.data import ShardReadError, folders_of
@@ -84,7 +84,7 @@ def train(cfg: DictConfig) -> float | None:
             else:
                 _fit(run, checkpoint, config)
         except Preempted:
-            finish_wandb(_CLOSE_WANDB)  # before SLURM is asked to requeue: it ends W&B's process then
+            leave_wandb(_CLOSE_WANDB)  # before SLURM is asked to requeue: it ends W&B's process then
             raise
         except BaseException:
             finish_wandb()

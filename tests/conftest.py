@@ -32,6 +32,15 @@ def composed(*overrides: str, root: Path | None = None, return_hydra_config: boo
         return compose("config", [*overrides, *paths], return_hydra_config=return_hydra_config)
 
 
+def small_demo(steps: int) -> list[str]:
+    """Overrides of a stage 2 without a stage 1, of so many steps of some milliseconds."""
+    return [
+        "experiment=demo", "debug=tiny", "logger=csv", "stage.autoencoder.checkpoint=untrained", "data.limit=50",
+        "unet.channels=32", "conditioner.context_dim=64", "autoencoder.channels=16", "sampler.num_steps=2",
+        f"trainer.max_steps={steps}", f"lr_scheduler.total_steps={steps}",
+    ]  # fmt: skip
+
+
 def filled(cfg: DictConfig, runs: Path) -> DictConfig:
     """The config with what an option leaves for the user to choose: the checkpoints of earlier stages, shards."""
     choices = {

@@ -182,9 +182,6 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_steps_and_every_metric_in_i
     forked_runs.start(*overrides, root=tmp_path)
     while not checkpoint.exists() and forked_runs.is_running:
         time.sleep(0.01)
-    # Lightning logs a step after the callbacks that have saved it: a kill between the two costs the record that line.
-    while 3 not in metrics(tmp_path / "demo/default").get("train/loss", {}) and forked_runs.is_running:
-        time.sleep(0.01)
     forked_runs.kill()
     forked_runs.wait()
     stopped = read_checkpoint(checkpoint)["global_step"]

@@ -7,17 +7,13 @@ from pathlib import Path
 import pytest
 
 from ldm_train.train import train
-from tests.conftest import composed
+from tests.conftest import composed, small_demo
 from tests.test_end_to_end import last, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.thorough, pytest.mark.distributed]
 
 ROOT = Path(__file__).parents[1]
-RUN = [
-    "experiment=demo", "debug=tiny", "logger=csv", "stage.autoencoder.checkpoint=untrained", "callbacks.samples=null",
-    "trainer.max_steps=4", "lr_scheduler.total_steps=4", "trainer.val_check_interval=4", "data.limit=50",
-    "data.val_fraction=0.1", "unet.channels=32", "conditioner.context_dim=64", "autoencoder.channels=16",
-]  # fmt: skip
+RUN = [*small_demo(4), "callbacks.samples=null", "trainer.val_check_interval=4", "data.val_fraction=0.1"]
 
 
 def test_it_has_the_losses_of_one_process_with_the_same_global_batch(tmp_path):

@@ -1,10 +1,8 @@
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +15,10 @@ from ldm_train import config
 from ldm_train import train as train_module
 from ldm_train.config import ConfigError
 from ldm_train.data import LocalFiles, Quarantine, ShardReadError
-from ldm_train.locking import sole_writer
 from ldm_train.train import resume_path, train
 
 from .conftest import composed
+from .locked import held_elsewhere
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,21 +71,11 @@ def test_a_directory_that_cannot_be_written_is_explained(tmp_path):
 
 
 def test_a_run_that_is_being_written_is_refused_to_a_second_one(tmp_path):
-    """The lock is a process's: this one tries to enter what another one holds."""
     (tmp_path / "demo_autoencoder/default").mkdir(parents=True)
-    ready, told = os.pipe()
-    if not (pid := os.fork()):
-        with sole_writer(tmp_path / "demo_autoencoder/default/.lock", "run_id"):
-            os.write(told, b"1")
-            time.sleep(60)
-        os._exit(0)
-    os.read(ready, 1)
-    try:
-        with pytest.raises(ConfigError, match=rf"written by process {pid} on .*allowed is one run .*change `run_id`"):
+    with held_elsewhere(tmp_path / "demo_autoencoder/default/.lock") as holder:
+        refused = rf"written by process {holder} on .*allowed is one run .*change `run_id`"
+        with pytest.raises(ConfigError, match=refused):
             train(composed("experiment=demo_autoencoder", "debug=tiny", "logger=csv", root=tmp_path))
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

@@ -22,7 +22,7 @@ from ldm_train.callbacks.ranks import RankWatch
 from ldm_train.callbacks.reconstruction import ReconstructionFrechet
 from ldm_train.callbacks.summary import RunSummary
 from ldm_train.callbacks.throughput import ThroughputMonitor
-from ldm_train.callbacks.tracking import MetricsCSV, finish_wandb, wandb_logger
+from ldm_train.callbacks.tracking import MetricsCSV, finish_wandb, leave_wandb, wandb_logger
 
 __all__ = [
     "AdapterExport",
@@ -50,6 +50,7 @@ __all__ = [
     "finish_wandb",
     "hide_idle_hooks",
     "interruptible",
+    "leave_wandb",
     "listening",
     "progress_bar",
     "wandb_logger",

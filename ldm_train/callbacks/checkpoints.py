@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ldm_train.callbacks.ema import evaluation_weights
 from ldm_train.callbacks.progress import total_steps
+from ldm_train.callbacks.tracking import log_trained_batch
 from ldm_train.checkpoint import replace_durably, verify_checkpoint
 from ldm_train.distributed import PacedAgreement, all_reduce_sum
 from ldm_train.interchange import AdapterBase, AdapterMetadata, write_adapters
@@ -122,6 +123,7 @@ class CheckpointWriter(Checkpoint):
             return
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
         if by_steps or is_late or to_go == 1 or self._is_kept(trainer):
+            log_trained_batch(trainer)
             self._save(trainer, before_validation=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -38,6 +38,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 from ldm_train.callbacks.checkpoints import CheckpointWriter
 from ldm_train.callbacks.requeue import Handler, ask_for_another_start, gets_further
+from ldm_train.callbacks.tracking import log_trained_batch
 from ldm_train.distributed import PacedAgreement
 
 _log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class Preemption(Checkpoint):
         self._writers: list[CheckpointWriter] = []
         self._looked_at, self._longest_wait, self._saved = 0.0, 0.0, 0.0
         self._is_warned = False
-        self._began_at = -1  # batches that earlier starts have trained
+        self._began_at = math.inf  # batches that earlier starts have trained
         self._previous: dict[int, Handler] = {}
 
     def remember(self, number: int, frame: FrameType | None = None) -> None:
@@ -135,10 +136,12 @@ class Preemption(Checkpoint):
         """Saves, when contexts have been left and the raw weights are back."""
         if not isinstance(exception, Preempted):
             return
+        batches = _batches(trainer)
+        # Its last hooks were left, and no start will train it again.
+        if trainer.training and batches.processed > max(batches.completed, self._began_at):
+            log_trained_batch(trainer)
         for writer in self._writers:
             writer.save_interrupted(trainer)
-        if 0 <= self._began_at < _batches(trainer).processed:
-            _log_left_batch(trainer)
         if trainer.is_global_zero:
             name, seconds = signal.Signals(exception.number).name, time.monotonic() - self._received_at
             after = f", {seconds:.1f} s after the signal" if self._received else ""
@@ -221,19 +224,6 @@ class _NoHandlers(_SignalConnector):
 
     def register_signal_handlers(self) -> None:
         """The handlers of `Preemption` stay."""
-
-
-def _log_left_batch(trainer: L.Trainer) -> None:
-    """Log the figures of a batch that is trained, but whose last hooks were left: no start will train it again."""
-    batches = _batches(trainer)
-    if trainer.training and batches.processed > batches.completed:
-        try:
-            trainer._logger_connector.on_batch_end()
-            trainer._logger_connector.update_train_step_metrics()
-            for logger in trainer.loggers:
-                logger.save()
-        except OSError as error:
-            _log.warning("the last batch's figures are not logged: %s", error)
 
 
 def interruptible(trainer: L.Trainer, items: Iterable[Item]) -> Iterator[Item]:

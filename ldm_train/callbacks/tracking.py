@@ -2,11 +2,13 @@
 
 W&B never asks a question: with an API key and a reachable server a run is online, otherwise it is recorded on disk
 (`wandb leet` shows it, `wandb sync` sends it later). The run's id is derived from its directory, so a requeued job
-continues the run it belongs to. Its records are written by a process of its own, which SIGTERM ends if it is sent to
-all processes of a job, as SLURM does. From then on W&B is told nothing, and the run goes on: a warning says so.
+continues the run it belongs to. Its records are written by a process of its own, a second late, which SIGTERM ends at
+once, and SLURM sends it to all processes of a job. From then on W&B is told nothing, and the run goes on: a warning
+says so.
 
 `metrics.csv` is always there, needs nothing to read, and outlives a kill: each row is on disk when `save` returns, and
-a resumed run appends to it. A step that is replayed after a kill appears twice; the later row counts.
+a resumed run appends to it. A step has its row before a checkpoint has the step, so none is missing; one that is
+replayed after a kill appears twice, and the later row counts.
 """
 
 import csv
@@ -16,6 +18,7 @@ import socket
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from hashlib import sha1
 from netrc import NetrcParseError, netrc
@@ -35,6 +38,8 @@ from ldm_train.data.locations import shown
 
 _log = logging.getLogger(__name__)
 
+_FLUSH_SECONDS = 1.0  # what W&B's record lacks if its process is ended; W&B's own default is 15
+
 
 def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float | Tensor], step: int) -> None:
     """Gives figures that were measured outside a step to all loggers, and to `trainer.callback_metrics`.
@@ -46,6 +51,23 @@ def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float | Tensor], step:
         logger.log_metrics(values, step=step)
         logger.save()
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+
+
+def log_trained_batch(trainer: L.Trainer) -> None:
+    """Gives the figures of the batch that was just trained to all loggers, and to none of them again.
+
+    Lightning does so behind all callbacks, hence after a checkpoint that one of them writes: a run that is killed
+    between the two would go on after a step without a row. Every rank calls it.
+    """
+    connector = trainer._logger_connector
+    try:
+        connector.update_train_step_metrics()
+    except OSError as error:  # a save is worth more than a row
+        _log.warning("the last batch's figures are not logged: %s", error)
+        return
+    # In the place of Lightning's own call, once; a second one here is no other.
+    name = "update_train_step_metrics"
+    setattr(connector, name, partial(vars(connector).pop, name, None))
 
 
 @rank_zero_only
@@ -112,7 +134,13 @@ def wandb_logger(
         group=group,
         tags=tags,
         mode=mode or ("offline" if _must_be_offline(offline) else "online"),
-        settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_meta=_command_holds_secrets()),
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            x_disable_meta=_command_holds_secrets(),
+            x_transaction_log_flush_interval=_FLUSH_SECONDS,
+        ),
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning always passes it on, wandb 0.31 warns that it means nothing
     return logger
@@ -123,18 +151,41 @@ def wandb_id(run_dir: str | Path) -> str:
     return sha1(str(Path(run_dir).absolute()).encode()).hexdigest()[:12]
 
 
-def finish_wandb(seconds: float | None = None) -> None:
-    """Ends the process's W&B run, if there is one: a sweep's next run in this process must not write into it.
+def finish_wandb() -> None:
+    """Ends the process's W&B run, if there is one: a sweep's next run in this process must not write into it."""
+    if (run := _wandb_run()) is not None and not _has_heard(run.finish):
+        _dismiss_service()
+
+
+def leave_wandb(seconds: float) -> None:
+    """Ends the process's W&B run, if there is one, and W&B's own process, before SLURM does.
 
     Args:
-        seconds: after which it goes on in the background; None waits until all is sent.
+        seconds: after which it goes on in the background.
     """
-    if "wandb" in sys.modules and (run := sys.modules["wandb"].run) is not None:
-        finishing = Thread(target=_has_heard, args=(run.finish,), name="finish_wandb", daemon=True)
-        finishing.start()
-        finishing.join(seconds)
-        if finishing.is_alive():
+
+    def leave() -> None:
+        finish_wandb()
+        _dismiss_service()
+
+    if _wandb_run() is not None:
+        leaving = Thread(target=leave, name="leave_wandb", daemon=True)
+        leaving.start()
+        leaving.join(seconds)
+        if leaving.is_alive():
             _log.warning("W&B has not received everything after %.0f s; `wandb sync` sends the rest", seconds)
+
+
+def _wandb_run() -> Any:  # noqa: ANN401
+    return sys.modules["wandb"].run if "wandb" in sys.modules else None
+
+
+def _dismiss_service() -> None:
+    """End W&B's own process; one that is gone already would be a traceback at the interpreter's end."""
+    import wandb
+
+    with suppress(OSError, wandb.Error, SystemExit):
+        wandb.teardown()
 
 
 def _has_heard(tell: Callable[[], None]) -> bool:

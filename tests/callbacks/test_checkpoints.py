@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 
-from ldm_train.callbacks import CheckpointError, CheckpointWriter, RunRecord
+from ldm_train.callbacks import CheckpointError, CheckpointWriter, MetricsCSV, RunRecord
 from ldm_train.checkpoint import read_checkpoint, verify_checkpoint
 from ldm_train.config import ConfigError
 from ldm_train.train import resume_path
@@ -92,6 +92,37 @@ def test_ranks_that_learn_late_that_time_is_up_save_once(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm_train.callbacks.checkpoints.PacedAgreement", lambda *_: OneTalkLater())
     fit(tmp_path, writer, Steps(), max_steps=24)
     assert saved == [7, 14, 21, 23, 24]  # 66 s, and a step until all know of it
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_step_that_is_saved_has_its_row_and_has_it_once_whatever_ends_the_run_then(tmp_path, monkeypatch, step):
+    """Step 2 is validated after its save, and 5 is the one before the last."""
+
+    class Gone(BaseException):
+        pass
+
+    def save_and_go(self, trainer, **options):
+        save(self, trainer, **options)
+        if trainer.global_step == step:
+            raise Gone
+
+    def start(name, **options):
+        writer = CheckpointWriter(str(tmp_path / name), every_n_steps=1)
+        logger = MetricsCSV(str(tmp_path / name))
+        validated = {"limit_val_batches": 1, "val_check_interval": 2, "log_every_n_steps": 1}
+        defaults = {"enable_checkpointing": True, "logger": logger} | validated
+        trainer_of(tmp_path, [writer], **defaults).fit(ToyStage(), ToyData(), weights_only=True, **options)
+
+    save = CheckpointWriter._save
+    start("unbroken")
+    monkeypatch.setattr(CheckpointWriter, "_save", save_and_go)
+    with pytest.raises(Gone):
+        start("broken")
+    monkeypatch.undo()
+    start("broken", ckpt_path=tmp_path / "broken/last.ckpt")
+    rows = {name: (tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("unbroken", "broken")}
+    assert len(rows["unbroken"]) == 1 + 6 + 3
+    assert [row.split(",")[0] for row in rows["broken"]] == [row.split(",")[0] for row in rows["unbroken"]]
 
 
 class Figures(L.Callback):

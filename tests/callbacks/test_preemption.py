@@ -16,6 +16,7 @@ from ldm_train.callbacks.requeue import gets_further
 from ldm_train.checkpoint import read_checkpoint
 from tests.callbacks.toy import NUM_IMAGES, ToyData, ToyStage, batch_of, trainer_of
 from tests.test_end_to_end import last, metrics
+from tests.wandb_record import history, record_files
 
 
 class SameBatches(ToyData):
@@ -126,7 +127,7 @@ def test_a_validation_in_the_midst_of_an_accumulation_is_finished(tmp_path):
 
 @pytest.mark.slow
 def test_wandb_s_process_may_be_killed_before_the_run_is_told_to_go(tmp_path, forked_runs):
-    """SLURM sends SIGTERM to every process of a job, and that one ends at once."""
+    """SLURM sends SIGTERM to every process of a job, and that one ends at once; what is older is in its record."""
     forked_runs.start(
         "experiment=demo_autoencoder", "debug=tiny", "trainer=cpu", "trainer.max_steps=100000", "run_id=told",
         "trainer.val_check_interval=100000", "callbacks.progress.every_n_steps=10", "trainer.log_every_n_steps=1",
@@ -136,13 +137,19 @@ def test_wandb_s_process_may_be_killed_before_the_run_is_told_to_go(tmp_path, fo
     _until(lambda: "step 10/" in forked_runs.said())
     (run,) = forked_runs.pids
     (service,) = [pid for pid in _children(run) if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text()]
+    run_dir = tmp_path / "demo_autoencoder/told"
+    logged = metrics(run_dir)["train/loss"]
+    time.sleep(2)
     os.kill(service, signal.SIGTERM)
     _until(lambda: "W&B is lost" in forked_runs.said())
     os.kill(run, signal.SIGTERM)
     codes, _ = forked_runs.wait()
     assert codes == [128 + signal.SIGTERM], forked_runs.said()[-3000:]
     saved = last(tmp_path, "demo_autoencoder", "told")["global_step"]
-    assert len(metrics(tmp_path / "demo_autoencoder/told")["train/loss"]) == saved
+    assert len(metrics(run_dir)["train/loss"]) == saved
+    (record,) = record_files(run_dir, timeout=0)
+    recorded = {row["trainer/global_step"]: row["train/loss"] for row in history(record) if "train/loss" in row}
+    assert recorded == pytest.approx(recorded | logged)
 
 
 def _until(condition):

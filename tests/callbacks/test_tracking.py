@@ -1,13 +1,24 @@
 import csv
+import os
 import socket
-import time
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import wandb
 from PIL import Image
 
-from ldm_train.callbacks import EMACallback, MetricsCSV, SampleEvaluation, ThroughputMonitor, finish_wandb, wandb_logger
+from ldm_train.callbacks import (
+    EMACallback,
+    MetricsCSV,
+    SampleEvaluation,
+    ThroughputMonitor,
+    finish_wandb,
+    leave_wandb,
+    wandb_logger,
+)
 from ldm_train.callbacks.tracking import save_picture, wandb_id
 from ldm_train.metrics import RandomConvFeatures
 from tests.callbacks.toy import NUM_IMAGES, ToyData, ToyStage, trainer_of
@@ -168,13 +179,27 @@ def test_a_picture_is_written_as_it_was_drawn(tmp_path):
 
 
 def test_closing_that_takes_longer_than_there_is_goes_on_alone(monkeypatch, caplog):
-    class Slow:
-        def finish(self):
-            time.sleep(2)
-
-    monkeypatch.setattr(wandb, "run", Slow())
-    began = time.monotonic()
-    finish_wandb(0.1)
-    assert time.monotonic() - began < 1
+    has_time = threading.Event()
+    monkeypatch.setattr(wandb, "run", SimpleNamespace(finish=has_time.wait))
+    leave_wandb(0.1)
     assert "has not received everything" in caplog.text
+    has_time.set()
+    for thread in threading.enumerate():
+        if thread.name == "leave_wandb":
+            thread.join()
     monkeypatch.setattr(wandb, "run", None)
+
+
+def test_a_run_that_leaves_takes_wandb_s_process_with_it_and_the_next_one_has_its_own(tmp_path):
+    for name in ("one", "two"):
+        wandb_logger(str(tmp_path / name), "p", "n", name, offline=True).log_metrics({"loss": 1.0}, step=1)
+        leave_wandb(60)
+        assert not [child for child in commands_of_children() if "wandb-core" in child]
+        (path,) = record_files(tmp_path / name, timeout=0)
+        assert [row["loss"] for row in history(path)] == [1.0]
+
+
+def commands_of_children():
+    """The commands of this process's children."""
+    pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]

@@ -104,10 +104,12 @@ def test_the_weighted_error_is_what_a_wrong_estimate_adds_to_the_bound(weighting
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS, ids=lambda w: f"{type(w).__name__}-{vars(w)}")
 @pytest.mark.parametrize("prediction", ["v", "x_0"])
-def test_weights_are_finite_where_there_is_no_signal(weighting, prediction):
-    weight = weighting.weight(TERMINAL, prediction)
-    assert bool(weight.isfinite().all())
-    assert float(weight.min()) >= 0
+def test_where_there_is_no_signal_the_bound_alone_asks_for_data(weighting, prediction):
+    """The other weights vanish with the SNR; the bound's is half the SNR of the step before, or of beta_T = 1."""
+    weight, before = weighting.weight(TERMINAL, prediction), float(TERMINAL.alpha_bar[-2])
+    expected = {None: 0.0, "posterior": before / (1 - before) / 2, "beta": before / 2}[weighting.variance]
+    assert float(weight[-1]) == pytest.approx(expected, rel=1e-9)
+    assert 0 < float(weight[:-1].min()) <= float(weight[:-1].max()) < float("inf")
 
 
 @pytest.mark.parametrize(

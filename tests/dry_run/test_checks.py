@@ -1,11 +1,9 @@
 """A dry run finds what a run would fail of, all of it at once, and leaves nothing behind."""
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,10 +14,10 @@ from ldm_train.__main__ import as_overrides
 from ldm_train.callbacks import CheckpointWriter
 from ldm_train.dry_run import dry_run, places
 from ldm_train.dry_run.checks import checks
-from ldm_train.locking import sole_writer
 from ldm_train.train import train
 from tests.callbacks.toy import ToyData, ToyStage, trainer_of
 from tests.conftest import composed
+from tests.locked import held_elsewhere
 
 ROOT = Path(__file__).parents[2]
 DEMO = ["experiment=demo", "debug=tiny", "logger=csv"]
@@ -117,21 +115,11 @@ def test_a_config_that_is_refused_ends_it(tmp_path, capsys):
 
 
 def test_a_run_that_is_being_written_is_told_and_its_lock_is_not_taken(tiny_runs):
-    ready, told = os.pipe()
-    if not (pid := os.fork()):
-        with sole_writer(tiny_runs / "demo/default/.lock", "run_id"):
-            os.write(told, b"1")
-            time.sleep(60)
-        os._exit(0)
-    os.read(ready, 1)
-    try:
-        cfg = composed(*DEMO, root=tiny_runs)
+    cfg = composed(*DEMO, root=tiny_runs)
+    with held_elsewhere(tiny_runs / "demo/default/.lock") as holder:
         check = places.check_free(cfg)
-        assert (check.state, check.figure.endswith(f"by process {pid}")) == ("failed", True)
+        assert (check.state, check.figure.endswith(f"by process {holder}")) == ("failed", True)
         assert "change `run_id`" in check.remedy
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
     assert places.check_free(cfg).state == "ok"
 
 

@@ -14,21 +14,20 @@ from pathlib import Path
 import pytest
 
 from ldm_train.train import train
-from tests.conftest import composed
+from tests.conftest import composed, small_demo
 from tests.test_end_to_end import equal, last, metrics
 from tests.test_interruptions import PARTS
+from tests.wandb_record import history
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 RUN = [
-    "experiment=demo", "debug=tiny", "logger=csv", "stage.autoencoder.checkpoint=untrained", "sampler.num_steps=2",
-    f"trainer.max_steps={STEPS}", f"lr_scheduler.total_steps={STEPS}", "trainer.val_check_interval=5",
-    "trainer.limit_val_batches=1.0", "data.limit=50", "data.val_fraction=0.3", "unet.channels=32",
-    "conditioner.context_dim=64", "autoencoder.channels=16", "callbacks.checkpoint.every_n_steps=100",
+    *small_demo(STEPS), "trainer.val_check_interval=5", "trainer.limit_val_batches=1.0", "data.val_fraction=0.3",
+    "callbacks.checkpoint.every_n_steps=100", "callbacks.progress.every_n_steps=1",
     "callbacks.samples.num_images=40", "callbacks.samples.num_pairs=4", "callbacks.samples.num_real=8",
-    "callbacks.samples.batch_size=2", "callbacks.samples.every_n_steps=8", "callbacks.progress.every_n_steps=1",
+    "callbacks.samples.batch_size=2", "callbacks.samples.every_n_steps=8",
 ]  # fmt: skip
 TWO_NODES = ["data.batch_size=2", "data.val_batch_size=1", "data.num_workers=1", "trainer.accelerator=cpu",
              "+callbacks.pace._target_=tests.slurm.pace.Pace", "+callbacks.pace.seconds=0.15"]  # fmt: skip
@@ -42,9 +41,9 @@ class Jobs:
     def __init__(self, cluster, folder):
         self.cluster, self.folder = cluster, folder
 
-    def submit(self, run_id, *overrides, time="60", signal="USR1@120", shared=False, output=None):
+    def submit(self, run_id, *overrides, time="60", signal="USR1@120", shared=False, output=None, wandb="disabled"):
         path = f"{Path(sys.executable).parent}:{self.cluster.environment['PATH']}"
-        variables = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+        variables = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": wandb}
         options = ["--nodes=2", "--ntasks-per-node=1", f"--output={self.output(output or run_id)}"]
         options += [] if shared else ["--exclusive"]
         options += [f"--time={time}", f"--signal={signal}"]
@@ -123,6 +122,37 @@ def _one_run(jobs, unbroken, run_id, ways):
     assert int(facts["Restarts"]) == len(ways)
     _assert_same_end(unbroken, run_id)
     assert last(unbroken, run_id=run_id)["provenance"]["restarts"] == len(ways)
+
+
+@pytest.mark.thorough
+def test_signals_that_end_wandb_s_process_too_cost_a_run_none_of_its_steps(jobs, unbroken, monkeypatch):
+    """With the default logger, whose process belongs to the job's step: it dies of SIGTERM and is deaf to SIGUSR1."""
+    job = jobs.submit("recorded", "logger=default", "callbacks.pace.seconds=0.3", wandb="offline")
+    for restarts, (place, how) in enumerate(((f"step 4/{STEPS}", "TERM"), (PLACES["generation"], "urgent")), start=1):
+        jobs.cluster.wait_for_text(job, jobs.output("recorded"), place)
+        jobs.preempt(job, how)
+        jobs.wait_for_restart(job, restarts)
+    assert jobs.finish(job, "recorded")["Restarts"] == "2"
+    _assert_same_end(unbroken, "recorded")
+    said = jobs.output("recorded").read_text()
+    assert "W&B is lost" in said
+    assert "Traceback" not in said
+    logged = metrics(unbroken / "demo/recorded")["train/loss"]
+    first, second, third = (list(steps) for steps in _recorded(unbroken / "demo/recorded", logged, monkeypatch))
+    assert first[:1] == [min(logged)]
+    assert [*second, *third] == list(range(second[0], STEPS))
+
+
+def _recorded(run_dir, logged, monkeypatch):
+    """The steps in W&B's record of each start, as the tool that sends them finds it."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from sync_wandb import find_runs
+
+    (run,) = find_runs([run_dir])
+    for segment in run.segments:
+        losses = {r["trainer/global_step"]: r["train/loss"] for r in history(segment.file) if "train/loss" in r}
+        assert losses == pytest.approx({step: logged[step] for step in losses})
+        yield losses
 
 
 def _assert_same_end(unbroken, run_id):

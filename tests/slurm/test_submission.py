@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ldm_train.train import train
-from tests.conftest import composed
+from tests.conftest import composed, small_demo
 from tests.slurm.test_preemption import Jobs
 from tests.test_end_to_end import equal, last, metrics
 from tests.test_interruptions import PARTS
@@ -20,11 +20,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed, pyte
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 RUN = [
-    "experiment=demo", "debug=tiny", "logger=csv", "stage.autoencoder.checkpoint=untrained", "callbacks.samples=null",
-    "sampler.num_steps=2", f"trainer.max_steps={STEPS}", f"lr_scheduler.total_steps={STEPS}",
-    "trainer.val_check_interval=5", "data.limit=50", "data.val_fraction=0.1", "unet.channels=32",
-    "conditioner.context_dim=64", "autoencoder.channels=16", "callbacks.checkpoint.every_n_steps=2",
-    "callbacks.progress.every_n_steps=1",
+    *small_demo(STEPS), "callbacks.samples=null", "trainer.val_check_interval=5", "data.val_fraction=0.1",
+    "callbacks.checkpoint.every_n_steps=2", "callbacks.progress.every_n_steps=1",
 ]  # fmt: skip
 TWO_NODES = ["trainer=slurm", "trainer.num_nodes=2", "trainer.accelerator=cpu", "data.batch_size=2",
              "data.val_batch_size=1"]  # fmt: skip
