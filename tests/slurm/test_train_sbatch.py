@@ -14,11 +14,12 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "train.sbatch"
-FAKE_SRUN = """#!/usr/bin/env python3
+FAKE_SRUN = r"""#!/usr/bin/env python3
 import json, os, sys
 if step := os.environ.get("STEP"): open(os.environ["LDM_START_FILE"], "w").write(step)
 if ended := os.environ.get("ENDED"): open(os.environ["LDM_START_FILE"] + ".ended", "w").write(ended)
-if os.environ.get("LOST"): open(os.environ["LDM_START_FILE"] + ".lost", "w")
+if lost := os.environ.get("LOST"): open(os.environ["LDM_START_FILE"] + ".lost", "w").write(lost + "\n")
+if os.environ.get("ONCE"): open(os.environ["LDM_START_FILE"] + ".once", "w")
 json.dump({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}, open(os.environ["RECORD"], "w"))
 sys.exit(int(os.environ.get("STATUS", "0")))
 """
@@ -125,7 +126,7 @@ def requeues(tmp_path):
 def test_a_job_whose_process_was_killed_goes_into_the_queue_again(submit, requeues, status):
     said = submit(STATUS=str(status), STEP="40")[0].stderr
     assert requeues() == 1
-    assert f"a process died with status {status} in a start from step 40" in said
+    assert f"a process died with status {status}, in a start from step 40" in said
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 128, 138, 140, 143])
@@ -142,27 +143,42 @@ def test_one_that_was_told_to_go_and_was_not_done_at_its_time_limit_does(submit,
 
 def test_the_first_process_that_ended_is_the_reason(submit, requeues):
     """SLURM kills those that remain: srun's status is 137 then, as if it were the reason."""
-    submit(STATUS="137", ENDED="2\n137")
+    submit(STATUS="137", ENDED="2 1\n137 0")
     assert requeues() == 0
-    submit(STATUS="137", ENDED="137\n1")
+    submit(STATUS="137", ENDED="137 1\n1 0")
     assert requeues() == 1
 
 
-def test_a_process_that_another_one_missed_is_the_reason(submit, requeues):
-    """It had no time to leave its status, and the other one ends by an error."""
-    submit(STATUS="137", ENDED="1", LOST="yes")
+@pytest.mark.parametrize("status", ["1", "137", "143"])
+@pytest.mark.parametrize("lost", ["1", "2\n1", "time-out"])
+def test_a_process_that_another_one_missed_is_the_reason(submit, requeues, lost, status):
+    """It had no time to leave its status, or only slept, and the other one ends by an error."""
+    submit(STATUS=status, ENDED="1 0\n143 2", LOST=lost)
     assert requeues() == 1
 
 
-def test_a_task_leaves_its_status(submit, tmp_path):
+def test_a_process_that_is_missed_after_it_has_ended_by_an_error_is_not_lost(submit, requeues):
+    submit(STATUS="137", ENDED="1 0\n137 1", LOST="0")
+    assert requeues() == 0
+
+
+@pytest.mark.parametrize("variables", [{}, {"LOST": "1"}, {"STATE": "COMPLETING", "REASON": "TimeLimit"}])
+def test_one_that_wants_a_single_start_has_no_other(submit, requeues, variables):
+    submit(STATUS="137", ONCE="yes", **variables)
+    assert requeues() == 0
+    submit(STATUS="137", **variables)
+    assert requeues() == 1
+
+
+def test_a_task_leaves_its_status_and_rank(submit, tmp_path):
     _, call = submit("experiment=demo")
     argv, note = call["argv"], tmp_path / "note"
     wrapper = argv[argv.index("bash") : argv.index("python")]
     for status in (0, 3):
         command = [*wrapper, "bash", "-c", f"exit {status}"]
-        ended = subprocess.run(command, env=os.environ | {"LDM_START_FILE": str(note)})
+        ended = subprocess.run(command, env=os.environ | {"LDM_START_FILE": str(note), "SLURM_PROCID": "5"})
         assert ended.returncode == status
-    assert (tmp_path / "note.ended").read_text() == "3\n"
+    assert (tmp_path / "note.ended").read_text() == "3 5\n"
 
 
 def test_one_that_was_cancelled_or_is_in_the_queue_does_not(submit, requeues):
