@@ -11,11 +11,12 @@
 job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}"
 job="${job:-$SLURM_JOB_ID}"
 
-# Beside this file, in which the training writes the step that it goes on from,
+# Beside this file, in which the training writes the step that it goes on from, and a tool how much it has finished,
 #     .ended   has the status and the rank of each process that failed, the first one first
 #     .lost    the ranks that another one found silent, or `time-out` if one has waited in vain
 #     .once    is there if the training wants no other start
-#     .deaths  is what this file held at the end of each start without progress
+#     .deaths  has what this file held when a start died, or was told to go before it had got further
+placed="${placed:-a start from step}"
 export LDM_START_FILE="${LDM_RUNS:-runs}/.starts/$job"
 mkdir -p "${LDM_START_FILE%/*}"
 rm -f "$LDM_START_FILE" "$LDM_START_FILE.ended" "$LDM_START_FILE.lost" "$LDM_START_FILE.once"
@@ -28,7 +29,7 @@ export LDM_TASK='trap "" USR1 USR2 TERM; "$@"; status=$?
 # Not cancelled, and not in the queue already. At its time limit a job is COMPLETING, as a cancelled one is, but for the
 # reason.
 may_start_again() {
-    scontrol show --oneliner job "$job" | grep -qE " JobState=(RUNNING|COMPLETING Reason=TimeLimit) "
+    scontrol show --oneliner job "$job" | grep -qE " JobState=(RUNNING|PREEMPTED|TIMEOUT|COMPLETING Reason=TimeLimit) "
 }
 
 # A process was missed, and that is not the one which ended first, by an error.
@@ -57,17 +58,18 @@ again_after() {
     start_again "a process died with status $1"
 }
 
+# Three times at the same place are enough: two starts at least have not got further.
 start_again() {
-    may_start_again || return
-    local step
-    step=$(cat "$LDM_START_FILE" 2>/dev/null || echo "before the first")
-    echo "$step" >>"$LDM_START_FILE.deaths"
-    if [ "$(tail -n 3 "$LDM_START_FILE.deaths" | grep -cxF "$step")" = 3 ]; then
-        echo "job $job: $1, as in the two starts before, and all three began at step $step; allowed are two such" \
-            "starts without a checkpoint between them; see above what ended it, and submit it again" >&2
+    may_start_again || return 0
+    local place
+    place=$(cat "$LDM_START_FILE" 2>/dev/null || echo "before the first")
+    echo "$place" >>"$LDM_START_FILE.deaths"
+    if [ "$(tail -n 3 "$LDM_START_FILE.deaths" | grep -cxF "$place")" = 3 ]; then
+        echo "job $job: $1 ($placed $place), as in the two starts before; allowed are two without progress; see above" \
+            "what ended it, give it more of that (--time, --mem), and submit it again" >&2
         return
     fi
-    echo "job $job: $1, in a start from step $step; the job goes into the queue again" >&2
+    echo "job $job: $1 ($placed $place); the job goes into the queue again" >&2
     scontrol requeue "$job"
 }
 
