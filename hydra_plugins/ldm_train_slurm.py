@@ -9,6 +9,8 @@ Named by `hydra.launcher._target_` beside `hydra/launcher=submitit_slurm`. Witho
 """
 
 import importlib.util
+import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,9 @@ from hydra.core.utils import JobReturn, run_job
 from omegaconf import DictConfig, open_dict
 
 from ldm_train.isolation import JobDiedError
+
+# In the shell of the job's script; `LDM_TASK` is of slurm/again.sh, which `hydra.launcher.setup` reads if it is there.
+_PYTHON = """bash -c "${{LDM_TASK:-:}}"'; exec "$@"' task {}"""
 
 if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is not None:
     from hydra_plugins.hydra_submitit_launcher import submitit_launcher
@@ -57,6 +62,7 @@ if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is not None
             executor = submitit.AutoExecutor(
                 self.params["submitit_folder"],
                 cluster=self._EXECUTOR,
+                slurm_python=_PYTHON.format(shlex.quote(sys.executable)),
                 slurm_max_num_timeout=self.params["max_num_timeout"],
             )
             asked = {key: value for key, value in self.params.items() if key not in own}

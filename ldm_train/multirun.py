@@ -5,6 +5,8 @@ ends Hydra's own sweeps, and one that returns no number ends Optuna's. Here, by 
 
 - a job that fails is noted with its reason and gives the sweeper no value: the others go on, and Optuna counts a failed
   trial, from which it learns nothing;
+- of a job of several processes that SLURM runs, one that fails ends at once with the status 1, so that the others do
+  not wait for it, and its reason is the job's;
 - a metric that is NaN, infinite, or was never logged is no value either;
 - the sweep ends with its table (`ldm_train.sweeps`) and, if any job of it did not finish, with the status 1.
 
@@ -15,11 +17,13 @@ import logging
 import math
 import os
 import re
+import socket
 import sys
+import traceback
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -34,6 +38,7 @@ from ldm_train.sweeps import (
     FINISHED,
     draw_table,
     jobs_of_start,
+    read_job,
     save_job,
     save_plan,
     shown,
@@ -75,7 +80,7 @@ class SweepResults(Callback):
         self.on_failure, self.failed_value = on_failure, failed_value
         # Known in the process of the sweep; a launcher sends this object to the processes of the jobs.
         self._directory: Path | None = None
-        self._group, self._start, self._owner = "", "", 0
+        self._group, self._start, self._owner = "", "", ("", 0)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:  # noqa: ANN401
         """Make the sweep's directory, and note the jobs that are known beforehand."""
@@ -84,7 +89,7 @@ class SweepResults(Callback):
         directory = Path(os.path.abspath(config.hydra.sweep.dir)) / f"sweep_{name}"
         self._group = f"{OmegaConf.select(config, 'name', default='unnamed')} {name}"
         self._start = datetime.now().astimezone().isoformat()
-        self._directory, self._owner = directory, os.getpid()
+        self._directory, self._owner = directory, _process()
         os.environ[SWEPT_KEYS] = ",".join(_swept_keys(config))
         save_plan(directory, _planned(config), self._start)
 
@@ -94,7 +99,10 @@ class SweepResults(Callback):
             return
         self._refuse_shared_directory(config)
         os.environ.setdefault(GROUP, self._group)
-        self._note(config, "running")
+        # The sweep's own process comes here too for a job of another one that died, and keeps what that has noted.
+        is_known = self._has_failed_here(config) if self._owner != _process() else self._note_of(config) is not None
+        if not is_known:
+            self._note(config, "running")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:  # noqa: ANN401
         """Note what became of the job, and give the sweeper something it can go on with."""
@@ -102,6 +110,10 @@ class SweepResults(Callback):
             return
         metric = str(OmegaConf.select(config, "metric"))
         state, reason = _outcome(job_return, metric)
+        if state == "failed" and self._is_task_of_several():
+            self._leave_others(config, job_return._return_value, reason)
+        if state == "died" and (note := self._note_of(config)) and note["state"] == "failed":
+            state, reason = "failed", note["reason"]  # one of its ranks has said why
         self._note(config, state, reason=reason)
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             write_table(table_of_sweep(self._directory), self._directory)
@@ -109,7 +121,7 @@ class SweepResults(Callback):
             return
         _log.error("Job %s in %s: %s: %s", config.hydra.job.num, config.hydra.runtime.output_dir, state, reason)
         job_return.status, job_return.return_value = JobStatus.COMPLETED, self.failed_value
-        if self.on_failure == "stop" and self._owner == os.getpid():
+        if self.on_failure == "stop" and self._owner == _process():
             self._report()
             sys.exit(1)
 
@@ -136,14 +148,49 @@ class SweepResults(Callback):
                 )
                 sys.exit(2)
 
+    def _is_task_of_several(self) -> bool:
+        """Whether this process is one of a job's that SLURM runs, and not the sweep's own."""
+        return self._owner != _process() and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+    def _leave_others(self, config: DictConfig, error: Exception, reason: str) -> NoReturn:
+        """End this process as one that failed, with a note of why.
+
+        SLURM ends the other ranks then, which may wait for this one. The first to fail is the reason: those that lose
+        the connection to it fail as well. Python's own end may wait for them too.
+        """
+        traceback.print_exception(error)
+        if not self._has_failed_here(config):
+            self._write_note(config, "failed", reason=reason)
+        _log.error("Job %s, rank %s: %s", config.hydra.job.num, os.environ.get("SLURM_PROCID"), reason)
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    def _has_failed_here(self, config: DictConfig) -> bool:
+        """Whether a rank of this very start of the job has noted that it failed."""
+        note = self._note_of(config)
+        return note is not None and note["state"] == "failed" and note["slurm"] == _start_in_slurm() != ""
+
+    def _note_of(self, config: DictConfig) -> dict[str, Any] | None:
+        """What was noted last of this job of this sweep."""
+        assert self._directory is not None
+        found = read_job(self._directory, _words(config))
+        is_its_own = found is not None and (found["start"], found["number"]) == (self._start, config.hydra.job.num)
+        return found if is_its_own else None
+
     def _note(self, config: DictConfig, state: str, **more: object) -> None:
-        if rank_zero_only.rank != 0 or self._directory is None:  # type: ignore[attr-defined]
-            return
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self._write_note(config, state, **more)
+
+    def _write_note(self, config: DictConfig, state: str, **more: object) -> None:
+        assert self._directory is not None
         facts = {
             "run_dir": str(config.hydra.runtime.output_dir),
             "metric": str(OmegaConf.select(config, "metric")),
             "start": self._start,
             "number": config.hydra.job.num,
+            "slurm": _start_in_slurm(),
         }
         save_job(self._directory, _words(config), {**facts, "state": state, **more})
 
@@ -170,6 +217,17 @@ def sweep_name(config: DictConfig) -> str:
 def _swept_keys(config: DictConfig) -> list[str]:
     last = {each.get_key_element(): each for each in _overrides(config)}
     return [key for key, each in last.items() if each.is_sweep_override()]
+
+
+def _process() -> tuple[str, int]:
+    """This process among those of all machines."""
+    return socket.gethostname(), os.getpid()
+
+
+def _start_in_slurm() -> str:
+    """The job that this process belongs to, and how often it was started again; empty outside of SLURM."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return job and f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def _refuse_trainer_without_slurm(config: DictConfig) -> None:

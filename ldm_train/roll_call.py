@@ -49,21 +49,46 @@ def compare(store: dist.Store, topic: str, facts: Mapping[str, object], rank: in
         RanksDifferError: on every rank, if one has other facts or does not come.
     """
     seconds = store.timeout.total_seconds()  # type: ignore[attr-defined]
-    store.set(f"{topic}/{rank}", json.dumps({name: str(value) for name, value in facts.items()}))
+    word = json.dumps({name: str(value) for name, value in facts.items()})
     if rank == 0:
-        keys = [f"{topic}/{other}" for other in range(world_size)]
-        missing = _await(store, keys, seconds)
-        found = "" if missing else _listed(differences([json.loads(word) for word in store.multi_get(keys)]))
-        if missing:
-            found = f"nothing was heard of {named(missing)} within {seconds:.0f} s; "
-        store.set(f"{topic}/verdict", found)
-    elif _await(store, [f"{topic}/verdict"], 1.5 * seconds + 5):
-        raise RanksDifferError(f"{topic}: nothing was heard of rank 0 within {seconds:.0f} s; {_REMEDY}")
-    if verdict := store.get(f"{topic}/verdict").decode():
-        store.set(f"{topic}/{rank}/read", "")
-        if rank == 0:  # the store ends with this process, and others may still have to read
-            _await(store, [f"{topic}/{other}/read" for other in range(world_size)], _SECONDS_TO_READ)
+        store.set(f"{topic}/0", word)
+        verdict = _judge(store, topic, world_size, seconds)
+    else:
+        patience = 1.5 * seconds + 5
+        try:
+            verdict = _within(patience + _SECONDS_TO_READ, lambda: _hear(store, topic, rank, word, patience))
+        except RuntimeError as error:
+            raise RanksDifferError(f"{topic}: nothing was heard of rank 0 within {seconds:.0f} s; {_REMEDY}") from error
+    if verdict:
         raise RanksDifferError(f"{topic}: {verdict}{_REMEDY}")
+
+
+def _judge(store: dist.Store, topic: str, world_size: int, seconds: float) -> str:
+    """On rank 0: compare, and tell the others what was found; empty if there is nothing."""
+    keys = [f"{topic}/{other}" for other in range(world_size)]
+    missing = _await(store, keys, seconds)
+    found = "" if missing else _listed(differences([json.loads(word) for word in store.multi_get(keys)]))
+    if missing:
+        found = f"nothing was heard of {named(missing)} within {seconds:.0f} s; "
+    store.set(f"{topic}/verdict", found)
+    if found:  # the store ends with this process, and others may still have to read
+        _await(store, [f"{topic}/{other}/read" for other in range(1, world_size)], _SECONDS_TO_READ)
+    return found
+
+
+def _hear(store: dist.Store, topic: str, rank: int, word: str, seconds: float) -> str:
+    """On the others: say what is known here, and wait for what rank 0 says of it.
+
+    Raises:
+        RuntimeError: if rank 0 says nothing in that time, or is gone.
+    """
+    store.set(f"{topic}/{rank}", word)
+    if _await(store, [f"{topic}/verdict"], seconds):
+        raise RuntimeError("no verdict")
+    verdict = store.get(f"{topic}/verdict").decode()
+    if verdict:
+        store.set(f"{topic}/{rank}/read", "")
+    return verdict
 
 
 _REMEDY = (
@@ -114,6 +139,33 @@ def _await(store: dist.Store, keys: list[str], seconds: float) -> list[int]:
             return [position for position, key in enumerate(keys) if not store.check([key])]
         time.sleep(0.05)
     return []
+
+
+class _FrozenError(RuntimeError):
+    """Rank 0 does not answer, and its connections are open."""
+
+
+def _within(seconds: float, function: Callable[[], _Answer]) -> _Answer:
+    """What a function of the store returns in that time.
+
+    A rank 0 that is frozen keeps its connections, and a call waits on one beyond every time-out of the store.
+
+    Raises:
+        RuntimeError: if it does not return in that time.
+    """
+    answer: Future[_Answer] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(function())
+        except RuntimeError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True, name="question").start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        raise _FrozenError("rank 0 does not answer") from None
 
 
 class Pulse:
@@ -206,26 +258,16 @@ class Pulse:
     def _in_time(self, function: Callable[[], _Answer]) -> _Answer:
         """What a function of the store returns within three beats.
 
-        A rank 0 that is frozen keeps its connections, and a call waits on one beyond every time-out of the store.
-
         Raises:
             RuntimeError: if it does not return in that time, or an earlier one did not.
         """
-        answer: Future[_Answer] = Future()
-
-        def ask() -> None:
-            try:
-                answer.set_result(function())
-            except RuntimeError as error:
-                answer.set_exception(error)
-
+        if self._is_lost:
+            raise _FrozenError("rank 0 does not answer")
         try:
-            if not self._is_lost:
-                threading.Thread(target=ask, daemon=True, name="question").start()
-                return answer.result(max(3 * self._every, _SECONDS_TO_READ))
-        except TimeoutError:
+            return _within(max(3 * self._every, _SECONDS_TO_READ), function)
+        except _FrozenError:
             self._is_lost = True
-        raise RuntimeError("rank 0 does not answer")
+            raise
 
     def _beat(self) -> None:
         self._count += 1

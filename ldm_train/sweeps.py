@@ -87,6 +87,11 @@ def save_job(directory: Path, overrides: Sequence[str], content: Mapping[str, An
     write_json(_job_file(directory, overrides), {"overrides": list(overrides), **content})
 
 
+def read_job(directory: Path, overrides: Sequence[str]) -> dict[str, Any] | None:
+    """What is known of a job; None if nothing is."""
+    return read_json(_job_file(directory, overrides))
+
+
 def jobs_of_start(directory: Path, start: str) -> list[dict[str, Any]]:
     """What is known of the jobs of one start of a sweep."""
     found = [job for path in sorted((directory / "jobs").glob("*.json")) if (job := read_json(path))]

@@ -189,12 +189,29 @@ def freezes_as_rank_0(rank, port, folder):
     pulse.stop("with RuntimeError")
 
 
-def test_a_rank_0_that_is_frozen_keeps_no_other_rank(tmp_path):
+def freezes_before_the_first_step(rank, port, folder):
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=2))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    words = rank_store("ranks")
+    dist.barrier()
+    (folder / f"pid_{rank}").write_text(str(os.getpid()))
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with pytest.raises(RanksDifferError) as error:
+        compare(words, "the start", {"seed": 0}, rank, 2)
+    (folder / "report").write_text(str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("freezes", "report"),
+    [(freezes_as_rank_0, "rank 0 does not answer"), (freezes_before_the_first_step, "the start: nothing was heard of")],
+)
+def test_a_rank_0_that_is_frozen_keeps_no_other_rank(tmp_path, freezes, report):
     """Its connections stay open, so that whoever asks it something is never answered."""
 
     def run():
         with pytest.raises(ProcessExitedException, match="SIGKILL"):
-            run_ranks(freezes_as_rank_0, free_port(), tmp_path)
+            run_ranks(freezes, free_port(), tmp_path)
 
     ranks = threading.Thread(target=run)
     ranks.start()
@@ -206,7 +223,7 @@ def test_a_rank_0_that_is_frozen_keeps_no_other_rank(tmp_path):
     os.kill(frozen, signal.SIGKILL)
     ranks.join()
     assert left
-    assert (tmp_path / "report").read_text().startswith("rank 0 does not answer")
+    assert (tmp_path / "report").read_text().startswith(report)
 
 
 def free_port():

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from array_progress import tell_finished
 from convert import add_source_options, read, source_of
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -113,10 +114,12 @@ def encode_shards(
     writer: LatentCacheWriter,
     encoder: MomentsEncoder,
     own: list[tuple[str, str]],
+    finished: int,
     arguments: argparse.Namespace,
     console: Console,
 ) -> None:
-    """Encode shards, given as (path, name), one after the other."""
+    """Encode shards, given as (path, name), one after the other, beside those of this task that are finished."""
+    tell_finished(finished)
     paths = [path for path, _ in own]
     sources = SourceImages(paths, encoder.settings, arguments.batch_size, writer.storage)
     loader = DataLoader(sources, batch_size=None, num_workers=arguments.workers, collate_fn=as_is)
@@ -133,6 +136,7 @@ def encode_shards(
             with writer.shard(*own[number]) as shard:
                 shard.record.left_out += sources.left_out(number)
                 shard.fill(encoder, counted(batches), int(sources.index.starts[number]))
+            tell_finished(finished + number + 1)
 
 
 def as_is(batch: PictureBatch) -> PictureBatch:
@@ -168,8 +172,9 @@ def cache_latents(arguments: argparse.Namespace, console: Console) -> int:
         if arguments.overwrite and not writer.begin_overwriting():
             console.print(f"job {job_id()} has made all shards anew before: --overwrite begins nothing", markup=False)
         found = writer.records([path for path, _ in own])
-        if pending := [(path, name) for path, name in own if found[path] is None]:
-            encode_shards(writer, encoder, pending, arguments, console)
+        pending = [(path, name) for path, name in own if found[path] is None]
+        if pending:
+            encode_shards(writer, encoder, pending, len(own) - len(pending), arguments, console)
     merged = writer.merge()
     report(writer, merged, console)
     if None in merged:

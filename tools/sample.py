@@ -27,6 +27,7 @@ from typing import Any
 
 import sampling_settings
 import torch
+from array_progress import tell_finished
 from convert_model import add_source_options, source_of
 from rich.console import Console
 from rich.progress import track
@@ -105,8 +106,11 @@ def sample(arguments: argparse.Namespace, console: Console) -> int:
     stage = session.model.stage
     made = generate(stage, session.start, left, arguments.batch, arguments.precision)
     hidden = int(os.environ.get("LOCAL_RANK", "0")) > 0
-    for picture in track(made, "images", len(left), console=console, disable=hidden):
+    before = len(own) - len(left)
+    tell_finished(before)
+    for number, picture in enumerate(track(made, "images", len(left), console=console, disable=hidden), start=1):
         sampling_settings.save(picture, folder / picture.request.name, session.shared, stage.device)
+        tell_finished(before + number)
     missing = sum(not is_made(request, session.shared, folder) for request in session.requests)
     if missing:
         say(console, f"{len(left)} images in {folder}; {missing} of other processes are not there yet")

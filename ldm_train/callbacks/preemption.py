@@ -37,7 +37,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from ldm_train.callbacks.checkpoints import CheckpointWriter
-from ldm_train.callbacks.requeue import Handler, ask_for_another_start, gets_further
+from ldm_train.callbacks.requeue import Handler, ask_for_another_start, gets_further, refuse_another_start
 from ldm_train.callbacks.tracking import log_trained_batch
 from ldm_train.distributed import PacedAgreement
 
@@ -70,7 +70,7 @@ class Preemption(Checkpoint):
     Args:
         grace_seconds: from the signal to SLURM's SIGKILL, what `sbatch --signal=USR1@<seconds>` asks for. A warning
             says so if saving and the longest batch take longer.
-        requeue: whether a SLURM job asks to be started again.
+        requeue: whether a SLURM job is started again, if it is told to go or one of its processes dies.
     """
 
     def __init__(self, grace_seconds: float = 120.0, requeue: bool = True) -> None:
@@ -248,6 +248,8 @@ def listening(trainer: L.Trainer) -> Iterator[None]:
     if preemption is None:
         yield
         return
+    if trainer.is_global_zero and not preemption.requeue:
+        refuse_another_start()
     preemption.install()
     try:
         yield

@@ -7,17 +7,20 @@ ranks have shown the same (`ldm_train.roll_call`). With one process this does no
 
 import hashlib
 import logging
-import os
+import re
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from ldm_train.callbacks.provenance import versions
+from ldm_train.callbacks.requeue import tell_of_lost
 from ldm_train.distributed import patience, rank_store
 from ldm_train.roll_call import Pulse, compare
 
 _log = logging.getLogger(__name__)
+
+_TIME_OUT = re.compile("Timed out waiting|timeout")  # Gloo's words, and those of a store, a barrier or NCCL
 
 
 class RankWatch(L.Callback):
@@ -88,8 +91,8 @@ class RankWatch(L.Callback):
         if isinstance(exception, RuntimeError) and (report := self._pulse.report()):
             _log.error("%s", report)
             exception.add_note(report)  # for whoever has submitted the job
-            if self._pulse.silent and (path := os.environ.get("LDM_START_FILE")):
-                Path(f"{path}.lost").touch()  # the job's script may start it again (`slurm/again.sh`)
+        if isinstance(exception, RuntimeError):
+            tell_of_lost(self._pulse.silent, is_timed_out=_TIME_OUT.search(str(exception)) is not None)
         reason = next(iter(str(exception).splitlines()), "")
         self._pulse.stop(f"with {type(exception).__name__}: {reason}"[:300])
 

@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,6 +56,25 @@ def gets_further(step: int) -> bool:
         *(_MOST_STARTS, began),
     )
     return False
+
+
+def refuse_another_start() -> None:
+    """Let the job's script (`slurm/again.sh`) leave this job as it ends, however that is."""
+    if path := os.environ.get("LDM_START_FILE"):
+        Path(f"{path}.once").touch()
+
+
+def tell_of_lost(ranks: Iterable[int], is_timed_out: bool) -> None:
+    """Let the job's script start this job again although the process that ends it does so by an error.
+
+    Args:
+        ranks: that do not answer.
+        is_timed_out: whether the error is that another rank was waited for in vain; it may answer by now.
+    """
+    lost = [*map(str, ranks), *(["time-out"] if is_timed_out else [])]
+    if lost and (path := os.environ.get("LDM_START_FILE")):
+        with Path(f"{path}.lost").open("a", encoding="utf-8") as file:
+            file.write("".join(f"{each}\n" for each in lost))
 
 
 def ask_for_another_start(number: int, previous: Handler) -> bool:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from ldm_train.callbacks import CheckpointWriter, MetricsCSV, Preempted, Preemption, SampleEvaluation
 from ldm_train.callbacks.preemption import SIGNALS, interruptible, listening
-from ldm_train.callbacks.requeue import gets_further
+from ldm_train.callbacks.requeue import gets_further, tell_of_lost
 from ldm_train.checkpoint import read_checkpoint
 from tests.callbacks.toy import NUM_IMAGES, ToyData, ToyStage, batch_of, trainer_of
 from tests.test_end_to_end import last, metrics
@@ -227,6 +227,22 @@ def test_the_third_start_in_a_row_without_a_step_is_the_last(tmp_path, monkeypat
     path.write_text("40\n")
     assert [gets_further(step) for step in (40, 40, 41, 40)] == [True, True, True, False]
     assert "`sbatch --time=... --signal=USR1@...`" in caplog.text
+
+
+@pytest.mark.parametrize("requeue", [True, False])
+def test_a_run_that_wants_no_other_start_tells_the_job_s_script(tmp_path, monkeypatch, requeue):
+    monkeypatch.setenv("LDM_START_FILE", str(tmp_path / "17"))
+    fit(tmp_path, requeue=requeue)
+    assert (tmp_path / "17.once").exists() is not requeue
+
+
+def test_lost_ranks_and_a_time_out_are_told_to_the_job_s_script(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_START_FILE", str(tmp_path / "17"))
+    tell_of_lost([], is_timed_out=False)
+    assert not (tmp_path / "17.lost").exists()
+    tell_of_lost([1, 3], is_timed_out=False)
+    tell_of_lost([], is_timed_out=True)
+    assert (tmp_path / "17.lost").read_text() == "1\n3\ntime-out\n"
 
 
 def test_a_forked_process_ignores_the_signal():

@@ -24,3 +24,19 @@ def test_the_comparison_of_ranks_asks_no_git(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("git was asked"))
     facts = ranks._facts(SimpleNamespace(datamodule=None, world_size=2), {"seed": 1})
     assert facts["the code"] == ranks.code_digest(Path(ldm_train.__file__).parent)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_told"),
+    [("unbound_buffer.cc:78] Timed out waiting 3000ms for recv operation to complete", True),
+     ("Application timeout caused pair closure", True),
+     ("wait timeout after 3000ms, keys: /default_pg/0//x", True),
+     ("Connection closed by peer [127.0.0.1]:4242", False)],
+)  # fmt: skip
+def test_a_rank_that_has_waited_in_vain_tells_the_job_s_script(tmp_path, monkeypatch, words, is_told):
+    """All ranks may answer: one only was slow."""
+    monkeypatch.setenv("LDM_START_FILE", str(tmp_path / "17"))
+    watch = ranks.RankWatch({})
+    watch._pulse = SimpleNamespace(report=lambda: None, silent=[], stop=lambda reason: None)
+    watch.on_exception(None, None, RuntimeError(words))
+    assert (tmp_path / "17.lost").exists() is is_told

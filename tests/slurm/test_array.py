@@ -75,6 +75,17 @@ def records(folder):
     return {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
+@pytest.mark.thorough
+def test_a_task_that_has_to_go_three_times_before_it_has_finished_anything_is_left_alone(cluster, tmp_path):
+    goes = tmp_path / "goes.py"
+    goes.write_text("import os, signal; os.kill(os.getpid(), signal.SIGUSR1)")
+    facts = finish(cluster, submit(cluster, tmp_path, "0", goes), 0)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "2")
+    said = (tmp_path / "0.txt").read_text()
+    assert said.count("the tool was told to go") == 3
+    assert said.count("as in the two starts before") == 1
+
+
 def test_a_part_of_an_array_has_to_say_of_how_many(cluster, tmp_path):
     show = tmp_path / "show.py"
     show.write_text("import sys; print(sys.argv[1:])")

@@ -11,20 +11,29 @@ pytest.importorskip("submitit")
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.thorough]
 
 ROOT = Path(__file__).parents[2]
-SWEEP = [
+RUN = [
     "experiment=demo_autoencoder", "debug=tiny", "logger=csv", "callbacks=none", "trainer.max_steps=2",
     "trainer.val_check_interval=2", "autoencoder.channels=16", "data.limit=16", "data.val_fraction=0.25",
+]  # fmt: skip
+FOUR = [
     "optimizer.lr=-1,2e-3,3e-3,1e-3", "run_id='rate_${optimizer.lr}'",
     "+callbacks.dies._target_=tests.dying.Dying", "+callbacks.dies.learning_rate=2e-3",
-    "hydra/launcher=submitit_slurm", "hydra.launcher._target_=hydra_plugins.ldm_train_slurm.SlurmLauncher",
-    "hydra.launcher.array_parallelism=2", "hydra.launcher.stderr_to_stdout=true",
+    "trainer=slurm", "trainer.accelerator=cpu", "hydra/launcher=submitit_slurm",
+    "hydra.launcher._target_=hydra_plugins.ldm_train_slurm.SlurmLauncher", "hydra.launcher.array_parallelism=2",
+    "hydra.launcher.stderr_to_stdout=true",
+]  # fmt: skip
+TWO_RANKS = [
+    "hydra=slurm", "trainer=slurm", "trainer.accelerator=cpu", "trainer.devices=2", "run_id='${hydra:job.num}'",
+    "+callbacks.trouble._target_=tests.slurm.trouble.Raises", "+callbacks.trouble.step=1",
+    "+callbacks.trouble.rank=1,null,9",
 ]  # fmt: skip
 
 
-def test_a_sweep_of_four_with_one_that_raises_and_one_that_dies_ends_with_four_rows(cluster, tmp_path):
+def sweep(cluster, root, *overrides):
+    """What the command says, and the rows of its table."""
     path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
     done = subprocess.run(
-        [sys.executable, "-m", "ldm_train", "-m", *SWEEP, f"paths.root={tmp_path}"],
+        [sys.executable, "-m", "ldm_train", "-m", *overrides, f"paths.root={root}"],
         env=cluster.environment | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -33,12 +42,27 @@ def test_a_sweep_of_four_with_one_that_raises_and_one_that_dies_ends_with_four_r
         timeout=300,
     )
     assert done.returncode == 1, done.stdout[-4000:]
-    with (tmp_path / "demo_autoencoder/sweep_optimizer.lr/results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    (table,) = root.glob("*/sweep_*/results.csv")
+    with table.open(newline="") as file:
+        return done.stdout, list(csv.DictReader(file))
+
+
+def test_a_sweep_of_four_with_one_that_raises_and_one_that_dies_ends_with_four_rows(cluster, tmp_path):
+    said, rows = sweep(cluster, tmp_path, *RUN, *FOUR)
     assert [row["optimizer.lr"] for row in rows] == ["-1", "0.002", "0.003", "0.001"]
-    assert [row["state"] for row in rows] == ["failed", "died", "finished", "finished"], done.stdout[-4000:]
+    assert [row["state"] for row in rows] == ["failed", "died", "finished", "finished"], said[-4000:]
     assert rows[0]["reason"].startswith("ConfigError: ")
     assert "ended without a result as FAILED" in rows[1]["reason"]
     assert float(rows[2]["val/psnr"]) != float(rows[3]["val/psnr"])
-    assert "4 jobs, 2 of this sweep without a figure" in done.stdout
-    print(done.stdout[-2500:])
+    assert "4 jobs, 2 of this sweep without a figure" in said
+
+
+def test_a_rank_that_fails_alone_ends_its_job_with_its_reason_and_the_sweep_goes_on(cluster, tmp_path):
+    """The others would wait for it until the time-out of the process group, which is ten minutes."""
+    said, rows = sweep(cluster, tmp_path, *RUN, *TWO_RANKS)
+    assert [row["callbacks.trouble.rank"] for row in rows] == ["1", "null", "9"]
+    assert [row["state"] for row in rows] == ["failed", "failed", "finished"], said[-4000:]
+    assert [row["reason"] for row in rows[:2]] == ["ValueError: a made-up mistake"] * 2
+    assert "3 jobs, 2 of this sweep without a figure" in said
+    log = (tmp_path / ".submitit").glob("*_0/*_1_log.out")
+    assert "rank 1: ValueError: a made-up mistake" in next(log).read_text()

@@ -14,11 +14,12 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "train.sbatch"
-FAKE_SRUN = """#!/usr/bin/env python3
+FAKE_SRUN = r"""#!/usr/bin/env python3
 import json, os, sys
 if step := os.environ.get("STEP"): open(os.environ["LDM_START_FILE"], "w").write(step)
 if ended := os.environ.get("ENDED"): open(os.environ["LDM_START_FILE"] + ".ended", "w").write(ended)
-if os.environ.get("LOST"): open(os.environ["LDM_START_FILE"] + ".lost", "w")
+if lost := os.environ.get("LOST"): open(os.environ["LDM_START_FILE"] + ".lost", "w").write(lost + "\n")
+if os.environ.get("ONCE"): open(os.environ["LDM_START_FILE"] + ".once", "w")
 json.dump({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}, open(os.environ["RECORD"], "w"))
 sys.exit(int(os.environ.get("STATUS", "0")))
 """
@@ -38,10 +39,10 @@ def submit(tmp_path):
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "repository" / "slurm").mkdir(parents=True)
     shutil.copy(ROOT / "slurm" / "again.sh", tmp_path / "repository" / "slurm")
-    spooled = tmp_path / "slurm_script"
-    shutil.copy(SCRIPT, spooled)
 
-    def run(*arguments, site="", **variables):
+    def run(*arguments, site="", script=SCRIPT, **variables):
+        spooled = tmp_path / "slurm_script"
+        shutil.copy(script, spooled)
         if site:
             (tmp_path / "repository" / "slurm" / "site.sh").write_text(site)
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SRUN"))}
@@ -125,7 +126,7 @@ def requeues(tmp_path):
 def test_a_job_whose_process_was_killed_goes_into_the_queue_again(submit, requeues, status):
     said = submit(STATUS=str(status), STEP="40")[0].stderr
     assert requeues() == 1
-    assert f"a process died with status {status} in a start from step 40" in said
+    assert f"a process died with status {status} (a start from step 40)" in said
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 128, 138, 140, 143])
@@ -142,27 +143,42 @@ def test_one_that_was_told_to_go_and_was_not_done_at_its_time_limit_does(submit,
 
 def test_the_first_process_that_ended_is_the_reason(submit, requeues):
     """SLURM kills those that remain: srun's status is 137 then, as if it were the reason."""
-    submit(STATUS="137", ENDED="2\n137")
+    submit(STATUS="137", ENDED="2 1\n137 0")
     assert requeues() == 0
-    submit(STATUS="137", ENDED="137\n1")
+    submit(STATUS="137", ENDED="137 1\n1 0")
     assert requeues() == 1
 
 
-def test_a_process_that_another_one_missed_is_the_reason(submit, requeues):
-    """It had no time to leave its status, and the other one ends by an error."""
-    submit(STATUS="137", ENDED="1", LOST="yes")
+@pytest.mark.parametrize("status", ["1", "137", "143"])
+@pytest.mark.parametrize("lost", ["1", "2\n1", "time-out"])
+def test_a_process_that_another_one_missed_is_the_reason(submit, requeues, lost, status):
+    """It had no time to leave its status, or only slept, and the other one ends by an error."""
+    submit(STATUS=status, ENDED="1 0\n143 2", LOST=lost)
     assert requeues() == 1
 
 
-def test_a_task_leaves_its_status(submit, tmp_path):
+def test_a_process_that_is_missed_after_it_has_ended_by_an_error_is_not_lost(submit, requeues):
+    submit(STATUS="137", ENDED="1 0\n137 1", LOST="0")
+    assert requeues() == 0
+
+
+@pytest.mark.parametrize("variables", [{}, {"LOST": "1"}, {"STATE": "COMPLETING", "REASON": "TimeLimit"}])
+def test_one_that_wants_a_single_start_has_no_other(submit, requeues, variables):
+    submit(STATUS="137", ONCE="yes", **variables)
+    assert requeues() == 0
+    submit(STATUS="137", **variables)
+    assert requeues() == 1
+
+
+def test_a_task_leaves_its_status_and_rank(submit, tmp_path):
     _, call = submit("experiment=demo")
     argv, note = call["argv"], tmp_path / "note"
     wrapper = argv[argv.index("bash") : argv.index("python")]
     for status in (0, 3):
         command = [*wrapper, "bash", "-c", f"exit {status}"]
-        ended = subprocess.run(command, env=os.environ | {"LDM_START_FILE": str(note)})
+        ended = subprocess.run(command, env=os.environ | {"LDM_START_FILE": str(note), "SLURM_PROCID": "5"})
         assert ended.returncode == status
-    assert (tmp_path / "note.ended").read_text() == "3\n"
+    assert (tmp_path / "note.ended").read_text() == "3 5\n"
 
 
 def test_one_that_was_cancelled_or_is_in_the_queue_does_not(submit, requeues):
@@ -176,7 +192,7 @@ def test_one_that_dies_three_times_without_getting_further_is_left_alone(submit,
     """Also one that dies before it says where it begins."""
     process, _ = [submit(STATUS="137", STEP=step) for _ in range(3)][-1]
     assert requeues() == 2
-    assert "all three began at step " in process.stderr
+    assert f"a start from step {step or 'before the first'}), as in the two starts before" in process.stderr
     assert process.returncode == 137
 
 
@@ -184,6 +200,23 @@ def test_one_that_gets_further_may_die_as_often_as_it_likes(submit, requeues):
     for step in (0, 40, 40, 80, 80, 120):
         submit(STATUS="137", STEP=str(step))
     assert requeues() == 6
+
+
+ARRAY = {"SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+ARRAY |= {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "1"}
+
+
+@pytest.mark.parametrize(("status", "state"), [("138", "RUNNING"), ("143", "PREEMPTED"), ("137", "RUNNING")])
+def test_a_task_of_an_array_that_finishes_nothing_in_three_starts_is_left_alone(submit, tmp_path, status, state):
+    """Told to go, or killed; one that had finished more in between has three starts again."""
+    said = []
+    for finished in ("", "0", "0", "3", "3", "3"):
+        process, _ = submit(script=SCRIPT.with_name("array.sbatch"), STATUS=status, STATE=state, STEP=finished, **ARRAY)
+        assert process.returncode == int(status)
+        said.append(process.stderr)
+    assert (tmp_path / "record.json.scontrol").read_text().count("requeue 42_1\n") == 5
+    assert all("goes into the queue again" in each for each in said[:5])
+    assert "(finished so far: 3), as in the two starts before" in said[5]
 
 
 def test_a_task_is_deaf_to_signals_until_python_listens(submit):

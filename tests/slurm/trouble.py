@@ -12,16 +12,16 @@ class Trouble(L.Callback):
     """What happens, happens once: a file says that it has.
 
     Args:
-        rank: whose.
+        rank: whose; null: of all.
         step: before which batch.
         marker: the file; null: it happens in every start of the job.
     """
 
-    def __init__(self, rank: int, step: int, marker: str | None = None) -> None:
+    def __init__(self, rank: int | None, step: int, marker: str | None = None) -> None:
         self.rank, self.step, self.marker = rank, step, marker
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
-        if trainer.global_rank != self.rank or trainer.global_step != self.step:
+        if self.rank not in (None, trainer.global_rank) or trainer.global_step != self.step:
             return
         if self.marker is not None:
             if Path(self.marker).exists():

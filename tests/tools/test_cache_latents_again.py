@@ -153,6 +153,17 @@ def test_a_task_that_is_started_again_goes_on_and_one_without_shards_begins_noth
     assert not (out / latent_writing.OVERWRITING).exists()
 
 
+def test_a_task_tells_its_job_s_script_how_many_of_its_shards_it_has_finished(source, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(cache_latents, "tell_finished", told.append)
+    assert run(source, tmp_path / "out") == 0
+    count = len(times(tmp_path / "out"))
+    assert told == list(range(count + 1))
+    change(tmp_path / "shards/00000.tar")
+    assert run(source, tmp_path / "out") == 0
+    assert told[count + 1 :] == [count - 1, count]
+
+
 @pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"])
 def test_a_task_that_a_finished_job_runs_once_more_leaves_the_cache_alone(source, tmp_path, capsys, monkeypatch, name):
     out, tasks = tmp_path / "out", [("--overwrite", "--task-index", index, "--num-tasks", 2) for index in range(2)]

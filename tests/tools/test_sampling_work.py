@@ -69,6 +69,17 @@ class TestSplits:
 
 
 class TestGoingOn:
+    def test_the_job_s_script_is_told_how_many_images_are_there(self, draw, tmp_path, monkeypatch):
+        told = tmp_path / "17"
+        monkeypatch.setenv("LDM_START_FILE", str(told))
+        folder = draw("out", "--per-prompt", 2)
+        made = sorted(folder.glob("0*.png"))
+        assert told.read_text() == f"{len(made)}\n"
+        made[0].unlink()
+        monkeypatch.setattr(sample, "generate", lambda *_: iter(()))
+        draw("out", "--per-prompt", 2)
+        assert told.read_text() == f"{len(made) - 1}\n"
+
     def test_what_is_there_is_kept_and_the_rest_is_made(self, draw, capsys):
         folder = draw("out")
         before = pixels(folder)
