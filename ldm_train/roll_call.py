@@ -175,18 +175,20 @@ class Pulse:
         store: a connection that nothing else uses.
         rank: of this process.
         world_size: how many there are.
+        place: says where the training of this rank is, for people; asked at each sign of life, by another thread.
         every: seconds between two signs of life; after four without one a rank is called silent.
         stall: seconds without progress on rank 0 after which it says the places of all; below the time-out of the
             process group, which may end the process without a word.
 
     Attributes:
-        place: where the training of this rank is, for people; set it as often as you like.
         silent: ranks that did not answer when `report` was called.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, every: float, stall: float) -> None:
-        self.place: tuple[object, ...] = ("the start",)
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, place: Callable[[], str], every: float, stall: float
+    ) -> None:
         self._store, self._rank, self._world_size, self._every, self._stall = store, rank, world_size, every, stall
+        self._place = place
         self.silent: list[int] = []
         self._count = 0
         self._stopped = threading.Event()
@@ -207,7 +209,7 @@ class Pulse:
             self._stopped.set()
             if self._thread.is_alive():
                 self._thread.join(self._every)
-            self.place = (_ENDED, reason)
+            self._place = lambda: f"{_ENDED} {reason}"
             try:
                 self._in_time(self._beat)
             except RuntimeError:
@@ -236,10 +238,10 @@ class Pulse:
         return missing + "The ranks were last heard of so:\n" + self._places(after, silent)
 
     def _run(self) -> None:
-        moved, place, is_stalled, lost = time.monotonic(), self.place, False, 0
+        moved, place, is_stalled, lost = time.monotonic(), self._place(), False, 0
         while not self._stopped.wait(self._every):
-            if self.place != place:
-                moved, place, is_stalled = time.monotonic(), self.place, False
+            if (now_at := self._place()) != place:
+                moved, place, is_stalled = time.monotonic(), now_at, False
             try:
                 self._beat()
                 if self._rank == 0:
@@ -271,7 +273,7 @@ class Pulse:
 
     def _beat(self) -> None:
         self._count += 1
-        self._store.set(self._keys[self._rank], json.dumps([self._count, " ".join(map(str, self.place))]))
+        self._store.set(self._keys[self._rank], json.dumps([self._count, self._place()]))
 
     def _words(self) -> list[str]:
         return [word.decode() for word in self._store.multi_get(self._keys)]

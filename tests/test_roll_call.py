@@ -81,7 +81,7 @@ def test_names_of_ranks_are_short():
 def pulses():
     """Three ranks' pulses around one store; those that live are stopped in the end."""
     store = dist.HashStore()
-    found = [Pulse(store, rank, 3, EVERY, stall=4 * EVERY) for rank in range(3)]
+    found = [Pulse(store, rank, 3, lambda: "the start", EVERY, stall=4 * EVERY) for rank in range(3)]
     yield found
     for pulse in found:
         pulse.stop("the test")
@@ -120,7 +120,7 @@ def said(caplog, text, seconds=5.0):
 
 
 def test_a_rank_that_falls_silent_is_named_with_its_last_place(pulses, caplog):
-    pulses[2].place = ("batch", 12)
+    pulses[2]._place = lambda: "batch 12"
     pulses[2]._beat()  # its thread never starts: it has died after this
     for pulse in pulses[:2]:
         pulse.start()
@@ -150,7 +150,7 @@ def test_a_rank_that_says_goodbye_is_not_missed(pulses, clock, caplog):
 def test_after_an_error_the_first_rank_that_lives_reports(pulses, clock):
     clock.alive.remove(0)
     for pulse in pulses[1:]:
-        pulse.place = ("batch", 3)
+        pulse._place = lambda: "batch 3"
     clock.sleep(2 * EVERY)
     report = pulses[1].report()
     assert report.startswith("rank 0 does not answer")
@@ -161,14 +161,14 @@ def test_after_an_error_the_first_rank_that_lives_reports(pulses, clock):
 def test_ranks_that_wait_in_different_places_are_listed_before_the_time_out(pulses, caplog):
     caplog.set_level(logging.WARNING)
     for pulse, batch in zip(pulses, (5, 4, 5), strict=True):
-        pulse.place = ("batch", batch)
+        pulse._place = f"batch {batch}".__str__
         pulse.start()
     assert said(caplog, "  - ranks 0, 2: batch 5\n  - rank 1: batch 4")
 
 
 def test_ranks_that_wait_together_are_left_alone(pulses, clock, caplog):
     for pulse in pulses:
-        pulse.place = ("the closing work",)
+        pulse._place = lambda: "the closing work"
     clock.sleep(10 * EVERY)
     pulses[0]._say_places(10 * EVERY)
     assert caplog.text == ""
@@ -177,7 +177,7 @@ def test_ranks_that_wait_together_are_left_alone(pulses, clock, caplog):
 def freezes_as_rank_0(rank, port, folder):
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=5))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=5))
-    pulse = Pulse(rank_store("pulses"), rank, 2, every=0.5, stall=60)
+    pulse = Pulse(rank_store("pulses"), rank, 2, lambda: "here", every=0.5, stall=60)
     pulse.start()
     dist.barrier()
     (folder / f"pid_{rank}").write_text(str(os.getpid()))

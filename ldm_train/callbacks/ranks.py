@@ -38,6 +38,7 @@ class RankWatch(L.Callback):
         self.config, self.every = config, every
         self._pulse: Pulse | None = None
         self._calls = 0
+        self._work = -1, ""  # what follows the last hook, as long as no other batch was begun
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Compares what is known before the model is shared out."""
@@ -49,7 +50,7 @@ class RankWatch(L.Callback):
         ranks = trainer.global_rank, trainer.world_size
         own = rank_store(f"ldm_train/{self._calls}")
         assert own is not None
-        self._pulse = Pulse(own, *ranks, self.every, stall)
+        self._pulse = Pulse(own, *ranks, lambda: self._place(trainer), self.every, stall)
         compare(self._store, "the ranks are not the same", _facts(trainer, self.config), *ranks)
         self._pulse.start()
 
@@ -63,25 +64,13 @@ class RankWatch(L.Callback):
             }
             compare(self._store, "the ranks would not stay together", lengths, trainer.global_rank, trainer.world_size)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:  # noqa: ANN401
-        """The batch is here."""
-        self._is_at("batch", rest[-1], "of epoch", trainer.current_epoch)
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:  # noqa: ANN401
-        """The next one is waited for."""
-        self._is_at("after batch", rest[-1], "of epoch", trainer.current_epoch)
-
-    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:  # noqa: ANN401
-        """The same in a validation."""
-        self._is_at("validation batch", rest[1])
-
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What judges the model follows."""
-        self._is_at("after the validation at step", trainer.global_step)
+        self._work = _batches_begun(trainer), f"after the validation at step {trainer.global_step}"
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The closing work follows."""
-        self._is_at("the closing work after step", trainer.global_step)
+        self._work = _batches_begun(trainer), f"the closing work after step {trainer.global_step}"
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Looks who is silent, if another rank may be the reason; then says goodbye."""
@@ -101,9 +90,24 @@ class RankWatch(L.Callback):
         if self._pulse is not None:
             self._pulse.stop("its work")
 
-    def _is_at(self, *place: object) -> None:
-        if self._pulse is not None:
-            self._pulse.place = place
+    def _place(self, trainer: L.Trainer) -> str:
+        """Where this rank is, by the counts that Lightning's loops keep anyway: no step has to say it."""
+        begun, work = self._work
+        if begun == _batches_begun(trainer):
+            return work
+        if trainer.sanity_checking or trainer.validating:
+            loop = trainer._evaluation_loop
+            return f"validation batch {loop.batch_progress.current.ready - 1}"
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        if not batches.ready:
+            return "the start"
+        between = "" if batches.ready > batches.completed else "after "
+        return f"{between}batch {batches.ready - 1} of epoch {trainer.current_epoch}"
+
+
+def _batches_begun(trainer: L.Trainer) -> int:
+    begun: int = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+    return begun
 
 
 def _facts(trainer: L.Trainer, config: dict[str, Any]) -> dict[str, object]:

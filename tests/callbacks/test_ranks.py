@@ -5,10 +5,13 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
+from torch.utils.data import DataLoader
 
 import ldm_train
 from ldm_train.callbacks import ranks
+from tests.callbacks.toy import NUM_IMAGES, ToyData, ToyStage, batch_of, trainer_of
 
 
 def test_code_is_the_same_wherever_it_lies_and_another_with_one_more_space(tmp_path):
@@ -40,3 +43,34 @@ def test_a_rank_that_has_waited_in_vain_tells_the_job_s_script(tmp_path, monkeyp
     watch._pulse = SimpleNamespace(report=lambda: None, silent=[], stop=lambda reason: None)
     watch.on_exception(None, None, RuntimeError(words))
     assert (tmp_path / "17.lost").exists() is is_told
+
+
+def test_the_place_is_told_without_a_word_of_any_step(tmp_path):
+    """From the counts of the loops, at any hook."""
+    watch, told, waiting = ranks.RankWatch({}), [], []
+
+    class Look(L.Callback):
+        def _look(self, trainer, *_, **__):
+            told.append(watch._place(trainer))
+
+        on_fit_start = on_train_batch_start = on_validation_batch_start = on_validation_end = on_train_end = _look
+
+        def on_before_zero_grad(self, trainer, *_):
+            self._look(trainer)
+
+    class Waiting(ToyData):
+        def train_dataloader(self):
+            def collate(indices):
+                waiting.append(watch._place(trainer))
+                return batch_of(indices)
+
+            return DataLoader(range(NUM_IMAGES), batch_size=4, collate_fn=collate)
+
+    trainer = trainer_of(tmp_path, [watch, Look()], max_epochs=2, max_steps=-1, limit_train_batches=2,
+                         limit_val_batches=2, val_check_interval=2)  # fmt: skip
+    trainer.fit(ToyStage(), Waiting())
+    assert "after batch 0 of epoch 1" in waiting
+    epochs = [[f"batch 0 of epoch {e}", f"batch 0 of epoch {e}", f"batch 1 of epoch {e}", f"batch 1 of epoch {e}",
+               "validation batch 0", "validation batch 1", f"after the validation at step {2 * e + 2}"]
+              for e in range(2)]  # fmt: skip
+    assert told == ["the start", *epochs[0], *epochs[1], "the closing work after step 4"]
