@@ -147,18 +147,17 @@ class PacedAgreement:
     Args:
         seconds: between two talks, about.
         most_calls: of which one talks.
+
+    Attributes:
+        is_alone: whether there is nobody to agree with.
     """
 
     def __init__(self, seconds: float, most_calls: int) -> None:
         self.seconds, self.most_calls = seconds, most_calls
         self._agreement = Agreement()
+        self.is_alone = self._agreement.is_alone
         self._talked_at = 0.0
         self.talk_at_once()
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether there is nobody to agree with."""
-        return self._agreement.is_alone
 
     def talk_at_once(self) -> None:
         """What follows may take longer than what went before; every rank says so at the same place."""
@@ -166,7 +165,7 @@ class PacedAgreement:
 
     def exchange(self, value: int) -> int | None:
         """What the talk before this one agreed on, as by `Agreement.exchange`; None if this call lets it pass."""
-        if self._agreement.is_alone:
+        if self.is_alone:
             return value
         self._to_go -= 1
         if self._to_go:

@@ -31,10 +31,10 @@ by batch.
 - the limit: of files in memory, all pixels decoded by torchvision and resized by torch, and nothing else; of cached
   latents, members in memory that become a batch. `data.reducing_gap=1` decodes fewer pixels.
 
-`steps` times what the callbacks that every run has add to a step that does nothing but take `--step-ms`: the agreement
-of the ranks on signals, what they say of where they are, the checkpoints' clock, and with all of them throughput, guard
-and progress; Lightning's own checkpoints for comparison. They take turns, in one process and in `--processes` on gloo.
-"added" is what a step takes more than without callbacks, and its standard error. Figures are medians over rounds; in a
+`steps` times what the callbacks that every run has add to a step that does nothing but take `--step-ms`: throughput,
+guard and progress; then with these what a cluster needs, the ranks' agreement on signals, their watch and the
+checkpoints' clock; Lightning's own checkpoints for comparison. They take turns, in one process and in `--processes` on
+gloo. "added" is what a step takes more than without, and its standard error. Figures are medians over rounds; in a
 round each has 50 steps in a row.
 """
 

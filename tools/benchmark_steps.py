@@ -40,6 +40,9 @@ from ldm_train.callbacks import (
 BLOCK = 50  # steps: as many as between two logged ones
 HOUR = 60.0  # minutes: no save falls due
 NEVER = 10**9  # steps
+FIGURES, CLUSTER, LIGHTNING = "throughput, guard, progress", "preemption, ranks, checkpoints", "ModelCheckpoint"
+# Row -> what it is compared with.
+BASES = {f"Lightning's {LIGHTNING}": "none", FIGURES: "none", f"and {CLUSTER}": FIGURES}
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,16 @@ class StepRow:
 
     Attributes:
         name: which callbacks.
+        base: which ones they are compared with.
         processes: how many.
         step: seconds of a step, the median over blocks.
-        added: seconds more than without callbacks, the median over rounds.
+        added: seconds more than with those of `base`, the median over rounds.
         error: standard error of `added`, by the spread over rounds; 0 for a single round.
-        share: `added` as a share of the step without callbacks.
+        share: `added` as a share of the step with those of `base`.
     """
 
     name: str
+    base: str
     processes: int
     step: float
     added: float
@@ -131,17 +136,11 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
 
 def variants(folder: str) -> dict[str, list[L.Callback]]:
     """Name -> callbacks; those of one kind are one."""
-    preemption, watch = Preemption(), RankWatch({})
-    clock = CheckpointWriter(folder, every_n_steps=None, every_minutes=HOUR)
-    own = [ThroughputMonitor(), NonFiniteGuard(), progress_bar(), preemption, watch, clock]
-    hide_idle_hooks(own)
-    return {
-        "none": [],
-        "Lightning's ModelCheckpoint": [ModelCheckpoint(folder, every_n_train_steps=NEVER)],
-        "preemption": [preemption],
-        "preemption, ranks, checkpoints": [watch, preemption, clock],
-        "all": own,
-    }
+    figures = [ThroughputMonitor(), NonFiniteGuard(), progress_bar()]
+    cluster = [RankWatch({}), Preemption(), CheckpointWriter(folder, every_n_steps=None, every_minutes=HOUR)]
+    hide_idle_hooks([*figures, *cluster])
+    own = ModelCheckpoint(folder, every_n_train_steps=NEVER)
+    return dict(zip(("none", *BASES), ([], [own], figures, [*figures, *cluster]), strict=True))
 
 
 def rounds(arguments: argparse.Namespace, processes: int) -> dict[str, list[float]]:
@@ -151,9 +150,9 @@ def rounds(arguments: argparse.Namespace, processes: int) -> dict[str, list[floa
         each = variants(folder)
         module = Turns(each, arguments.rounds, arguments.step_ms / 1000, clock)
         trainer = L.Trainer(
-            callbacks=[*each["Lightning's ModelCheckpoint"], *each["all"]], max_steps=module.num_steps, max_epochs=-1,
-            accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", logger=False,
-            log_every_n_steps=BLOCK, enable_model_summary=False, default_root_dir=folder,
+            callbacks=[*each[f"Lightning's {LIGHTNING}"], *each[f"and {CLUSTER}"]], max_steps=module.num_steps,
+            max_epochs=-1, accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto",
+            logger=False, log_every_n_steps=BLOCK, enable_model_summary=False, default_root_dir=folder,
         )  # fmt: skip
         trainer.fit(module, DataLoader(Batches(), batch_size=None))
     return module.found
@@ -161,12 +160,11 @@ def rounds(arguments: argparse.Namespace, processes: int) -> dict[str, list[floa
 
 def rows_of(found: dict[str, list[float]], processes: int) -> list[StepRow]:
     """The rows, of the rounds' times."""
-    plain, rows = median(found["none"]), []
-    for name, times in found.items():
-        if name != "none":
-            more = [one - other for one, other in zip(times, found["none"], strict=True)]
-            added = median(more)
-            rows.append(StepRow(name, processes, median(times), added, _error(more), added / plain))
+    rows = []
+    for name, base in BASES.items():
+        more = [one - other for one, other in zip(found[name], found[base], strict=True)]
+        added, error = median(more), _error(more)
+        rows.append(StepRow(name, base, processes, median(found[name]), added, error, added / median(found[base])))
     return rows
 
 

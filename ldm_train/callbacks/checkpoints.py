@@ -122,7 +122,7 @@ class CheckpointWriter(Checkpoint):
         if to_go == 0:
             return
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
-        if by_steps or is_late or to_go == 1 or self._is_kept(trainer):
+        if by_steps or is_late or to_go == 1 or self._is_kept(trainer, step):
             log_trained_batch(trainer)
             self._save(trainer, before_validation=True)
 
@@ -159,8 +159,7 @@ class CheckpointWriter(Checkpoint):
         is_late = time.monotonic() - self._saved_at > 60 * self.every_minutes
         return bool(self._agreement.exchange(is_late))
 
-    def _is_kept(self, trainer: L.Trainer) -> bool:
-        step = trainer.global_step
+    def _is_kept(self, trainer: L.Trainer, step: int) -> bool:
         if self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0:
             return True
         if self.keep_every_images is None:
@@ -184,7 +183,7 @@ class CheckpointWriter(Checkpoint):
         if before_validation and trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
             _validate_first(checkpoint)
         error = self._write(checkpoint, step) if trainer.is_global_zero else None
-        if trainer.is_global_zero and error is None and step > 0 and self._is_kept(trainer):
+        if trainer.is_global_zero and error is None and step > 0 and self._is_kept(trainer, step):
             _take_name(self.directory / "last.ckpt", self.directory / f"step_{step:07d}.ckpt")
         failed = all_reduce_sum(torch.tensor(float(error is not None), device=trainer.strategy.root_device))
         if failed > 0:

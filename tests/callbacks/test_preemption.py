@@ -338,7 +338,8 @@ def test_ranks_look_for_signals_often_but_not_in_each_step_of_a_millisecond(tmp_
     preemption, trainer, now = Preemption(), trainer_of(tmp_path, []), [1.0]
     monkeypatch.setattr("ldm_train.distributed.time.monotonic", lambda: now[0])
     preemption.setup(trainer, None, "validate")
-    preemption._agreement._agreement = talks = Talks()
+    preemption._agreement._agreement, preemption._agreement.is_alone = Talks(), False
+    talks = preemption._agreement._agreement
     trainer.state.fn = "validate"
 
     def steps(count):

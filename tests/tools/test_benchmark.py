@@ -127,8 +127,7 @@ def test_options_out_of_range_are_refused_with_what_is_allowed(options, capsys):
 def test_what_callbacks_add_is_told_with_its_error(tmp_path, capsys):
     options = ["steps", "--step-ms", "0.5", "--processes", "1", "--rounds", "2"]
     rows = figures(tmp_path, *options)["rows"]
-    names = ["Lightning's ModelCheckpoint", "preemption", "preemption, ranks, checkpoints", "all"]
-    assert [row["name"] for row in rows] == names
+    assert [row["name"] for row in rows] == list(benchmark_steps.BASES)
     for row in rows:
         assert row["step"] > 0.0005
         assert row["share"] == pytest.approx(row["added"] / (row["step"] - row["added"]))
@@ -147,12 +146,12 @@ def test_a_callback_that_takes_time_shows_it(monkeypatch, tmp_path):
 
     monkeypatch.setattr(benchmark_steps, "Preemption", Slow)
     rows = figures(tmp_path, "steps", "--processes", "1", "--rounds", "1")["rows"]
-    for row in rows[1:]:
-        assert row["added"] == pytest.approx(1e-2, rel=0.5)
+    assert rows[-1]["added"] == pytest.approx(1e-2, rel=0.5)
+    assert all(row["added"] < 5e-3 for row in rows[:-1])
 
 
 @pytest.mark.thorough
 @pytest.mark.distributed
 def test_two_processes_take_their_turns_together(tmp_path):
     rows = figures(tmp_path, "steps", "--step-ms", "0.1", "--rounds", "1")["rows"]
-    assert [row["processes"] for row in rows] == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert [row["processes"] for row in rows] == [1, 1, 1, 2, 2, 2]
