@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,15 @@ def test_a_rank_that_fails_alone_ends_its_job_with_its_reason_and_the_sweep_goes
     assert "3 jobs, 2 of this sweep without a figure" in said
     log = (tmp_path / ".submitit").glob("*_0/*_1_log.out")
     assert "rank 1: ValueError: a made-up mistake" in next(log).read_text()
+
+
+def test_a_job_is_deaf_to_signals_while_python_is_loading(cluster, tmp_path):
+    words = [*RUN, "hydra=slurm", "trainer=slurm", "trainer.accelerator=cpu", "run_id=deaf"]
+    command = start(cluster, tmp_path, *words)
+    cluster._await(lambda: cluster.run("squeue", "--noheader", "--steps", "--format=%i").count(".0"), 60, "a step runs")
+    job = cluster.run("squeue", "--noheader", "--states=RUNNING", "--format=%i").strip()
+    time.sleep(0.5)  # the shell that is deaf to them is there, Python is not
+    for name in ("USR2", "TERM", "USR1"):
+        cluster.run("scancel", f"--signal={name}", job)
+    assert command.wait(200) == 0, (tmp_path / "said").read_text()
+    assert cluster.facts(job)["Restarts"] == "0"
