@@ -2,8 +2,9 @@
 
 Hydra looks for launchers in packages of this name alone. The one it extends waits for its jobs in their order and gives
 up at the first that has no result: killed for its memory, cancelled, on a node that broke. The others then run on with
-nobody to collect them. Here every job is waited for, and for one without a result Hydra's callbacks are told, as they
-are by a job that raises: `ldm_train.multirun` gives it its row.
+nobody to collect them; and where a cluster keeps no accounts, it waits for a dead job without end. Here every job is
+waited for until it has a result, or is over by SLURM's queue. For one without a result Hydra's callbacks are told, as
+they are by a job that raises: `ldm_train.multirun` gives it its row.
 
 Named by `hydra.launcher._target_` beside `hydra/launcher=submitit_slurm`. Without submitit there is nothing here.
 """
@@ -11,6 +12,7 @@ Named by `hydra.launcher._target_` beside `hydra/launcher=submitit_slurm`. Witho
 import importlib.util
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from hydra.core.utils import JobReturn, run_job
 from omegaconf import DictConfig, open_dict
 
 from ldm_train.isolation import JobDiedError
+from ldm_train.submission import Queue
 
 # In the shell of the job's script; `LDM_TASK` is of slurm/again.sh, which `hydra.launcher.setup` reads if it is there.
 _PYTHON = """bash -c "${{LDM_TASK:-:}}"'; exec "$@"' task {}"""
@@ -26,6 +29,14 @@ _PYTHON = """bash -c "${{LDM_TASK:-:}}"'; exec "$@"' task {}"""
 if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is not None:
     from hydra_plugins.hydra_submitit_launcher import submitit_launcher
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+
+    def _ending_of(job: Any, queue: Queue) -> str | None:  # noqa: ANN401
+        """Waits for a job: None if submitit has a result or knows that it is over, else the state of one that is."""
+        while not job.done():
+            if state := queue.ending_of(job.job_id):
+                return state
+            time.sleep(1)
+        return None
 
     class SlurmLauncher(submitit_launcher.SlurmLauncher):
         """Submits the jobs of a multirun as one array, and returns something for each."""
@@ -46,13 +57,17 @@ if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is not None
             ]
             jobs = self._executor().map_array(self, *zip(*calls, strict=True))
             print(f"Submitted {len(jobs)} jobs to SLURM: {', '.join(job.job_id for job in jobs)}", flush=True)
-            returns = []
+            returns, queue = [], Queue()
             for job, (number, overrides) in zip(jobs, numbered, strict=True):
-                try:
-                    returns.append(job.results()[0])
-                except (UncompletedJobError, FailedJobError):
-                    ending = f"job {job.job_id} ended without a result as {job.state}; see {job.paths.stdout}"
-                    returns.append(self._return_of_dead(overrides, number, job.job_id, ending))
+                state = _ending_of(job, queue)
+                if state is None:
+                    try:
+                        returns.append(job.results()[0])
+                        continue
+                    except (UncompletedJobError, FailedJobError):
+                        state = job.state
+                ending = f"job {job.job_id} ended without a result as {state}; see {job.paths.stdout}"
+                returns.append(self._return_of_dead(overrides, number, job.job_id, ending))
             return returns
 
         def _executor(self) -> Any:  # noqa: ANN401

@@ -33,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm_train.isolation import JobDiedError, JobFailedError
 from ldm_train.results import described
+from ldm_train.roll_call import told_silence
 from ldm_train.submission import SWEPT_KEYS
 from ldm_train.sweeps import (
     FINISHED,
@@ -50,6 +51,7 @@ from ldm_train.sweeps import (
 _log = logging.getLogger(__name__)
 
 GROUP = "WANDB_RUN_GROUP"
+_BAD_ENDS = ("failed", "died")
 _MOST_CHARACTERS = 100  # of a sweep's name: file systems have limits
 
 
@@ -110,10 +112,10 @@ class SweepResults(Callback):
             return
         metric = str(OmegaConf.select(config, "metric"))
         state, reason = _outcome(job_return, metric)
-        if state == "failed" and self._is_task_of_several():
-            self._leave_others(config, job_return._return_value, reason)
-        if state == "died" and (note := self._note_of(config)) and note["state"] == "failed":
-            state, reason = "failed", note["reason"]  # one of its ranks has said why
+        if job_return.status == JobStatus.FAILED and self._is_task_of_several():
+            self._leave_others(config, job_return._return_value, state, reason)
+        if state == "died" and (note := self._note_of(config)) and note["state"] in _BAD_ENDS:
+            state, reason = note["state"], note["reason"]  # one of its ranks has said why
         self._note(config, state, reason=reason)
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             write_table(table_of_sweep(self._directory), self._directory)
@@ -152,7 +154,7 @@ class SweepResults(Callback):
         """Whether this process is one of a job's that SLURM runs, and not the sweep's own."""
         return self._owner != _process() and int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
-    def _leave_others(self, config: DictConfig, error: Exception, reason: str) -> NoReturn:
+    def _leave_others(self, config: DictConfig, error: Exception, state: str, reason: str) -> NoReturn:
         """End this process as one that failed, with a note of why.
 
         SLURM ends the other ranks then, which may wait for this one. The first to fail is the reason: those that lose
@@ -160,7 +162,7 @@ class SweepResults(Callback):
         """
         traceback.print_exception(error)
         if not self._has_failed_here(config):
-            self._write_note(config, "failed", reason=reason)
+            self._write_note(config, state, reason=reason)
         _log.error("Job %s, rank %s: %s", config.hydra.job.num, os.environ.get("SLURM_PROCID"), reason)
         logging.shutdown()
         sys.stdout.flush()
@@ -170,7 +172,7 @@ class SweepResults(Callback):
     def _has_failed_here(self, config: DictConfig) -> bool:
         """Whether a rank of this very start of the job has noted that it failed."""
         note = self._note_of(config)
-        return note is not None and note["state"] == "failed" and note["slurm"] == _start_in_slurm() != ""
+        return note is not None and note["state"] in _BAD_ENDS and note["slurm"] == _start_in_slurm() != ""
 
     def _note_of(self, config: DictConfig) -> dict[str, Any] | None:
         """What was noted last of this job of this sweep."""
@@ -273,6 +275,8 @@ def _outcome(job_return: JobReturn, metric: str) -> tuple[str, str]:
         error = job_return._return_value
         if isinstance(error, JobDiedError):
             return "died", str(error)
+        if silence := told_silence(error):
+            return "died", silence
         return "failed", str(error) if isinstance(error, JobFailedError) else described(error)
     value = job_return.return_value
     if value is None:

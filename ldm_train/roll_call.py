@@ -312,6 +312,12 @@ _GONE = (
 )
 
 
+def told_silence(error: BaseException) -> str | None:
+    """What a report that was noted on an error says of ranks that did not answer; None if it says nothing of any."""
+    lines = [line for note in getattr(error, "__notes__", []) for line in note.splitlines()]
+    return next((line for line in lines if line.endswith(_GONE)), None)
+
+
 def _place_of(word: str) -> str:
     return str(json.loads(word)[1])
 

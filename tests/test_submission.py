@@ -1,11 +1,14 @@
 """`hydra=slurm` asks for what the trainer's config says, and says so where that is not enough."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from ldm_train.multirun import SweepResults
-from ldm_train.submission import gpus_per_node, tasks_per_node
+from ldm_train.submission import Queue, gpus_per_node, tasks_per_node
 from tests.conftest import composed
 
 pytest.importorskip("submitit", reason='pip install "ldm-train[slurm]"')
@@ -68,3 +71,48 @@ def test_a_trainer_that_knows_nothing_of_slurm_is_refused_before_anything_is_sub
     cfg, _ = launcher("experiment=demo_autoencoder", "trainer=slurm", f"paths.root={tmp_path}")
     SweepResults().on_multirun_start(cfg)
     assert list(tmp_path.rglob("plan.json"))
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """Asks a queue, as `squeue` shows it at some second, for a job; looks each 15 s and waits for 30 s."""
+    shown = tmp_path / "shown"
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {shown}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    asked = Queue()
+
+    def ask(second, *lines, job="7_1"):
+        monkeypatch.setattr("ldm_train.submission.time", SimpleNamespace(monotonic=lambda: float(second)))
+        shown.unlink(missing_ok=True)
+        if lines != ("the controller does not answer",):
+            shown.write_text("".join(f"{line}\n" for line in lines))
+        return asked.ending_of(job)
+
+    return ask
+
+
+@pytest.mark.parametrize("state", ["FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "CANCELLED", "TIMEOUT", "COMPLETED"])
+def test_a_job_is_over_that_the_queue_calls_so_for_half_a_minute(queue, state):
+    assert queue(0, "7_0 RUNNING", "7_1 RUNNING") is None
+    assert [queue(second, "7_0 RUNNING", f"7_1 {state}") for second in (20, 36, 49)] == [None] * 3
+    assert queue(52, "7_0 RUNNING", f"7_1 {state}") == state
+    assert queue(52, job="7_0") is None
+
+
+@pytest.mark.parametrize("state", ["PENDING", "REQUEUED", "REQUEUE_HOLD", "COMPLETING", "SUSPENDED", "SPECIAL_EXIT"])
+def test_a_job_that_comes_back_or_is_held_is_not_over(queue, state):
+    assert [queue(second, "7_1 FAILED") for second in (0, 16)] == [None] * 2
+    assert [queue(second, f"7_1 {state}") for second in (32, 100, 200)] == [None] * 3
+    assert [queue(second, "7_1 FAILED") for second in (300, 316)] == [None] * 2
+
+
+def test_a_job_that_slurm_has_forgotten_is_over_if_it_has_known_it(queue):
+    assert [queue(second) for second in (0, 50, 100)] == [None] * 3
+    assert queue(120, "7_1 RUNNING") is None
+    assert [queue(second) for second in (140, 160, 180)] == [None, None, "forgotten by SLURM"]
+
+
+def test_a_controller_that_does_not_answer_ends_no_job(queue):
+    assert queue(0, "7_1 RUNNING") is None
+    assert [queue(second, "the controller does not answer") for second in (20, 100, 1000)] == [None] * 3

@@ -14,7 +14,6 @@ import numpy as np
 import optuna
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import open_dict
 
 from ldm_train.__main__ import main
@@ -171,37 +170,6 @@ def test_a_sweep_that_is_told_to_stops_at_the_first_failure_and_shows_its_table(
         job(results, 1, returned(ValueError("bad")))
     assert stop.value.code == 1
     assert "3 jobs, 2 of this sweep without a figure" in capsys.readouterr().out
-
-
-def fails_in_slurm(started, rank, error, restarts=0):
-    """The status of a rank of a job of two processes that raises in SLURM, and its rows afterwards."""
-    (_, job, _), results = started
-    if not (child := os.fork()):
-        environment = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": str(rank)}
-        os.environ.update(environment | {"SLURM_RESTART_COUNT": str(restarts)})
-        rank_zero_only.rank = rank
-        job(results, 0, returned(error))
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def test_a_rank_that_fails_ends_with_status_1_and_the_first_one_s_reason_is_the_job_s(started):
-    start, job, directory = started
-    results = start()
-    assert fails_in_slurm((started, results), 1, ValueError("a mistake")) == 1
-    assert fails_in_slurm((started, results), 0, RuntimeError("Connection closed by peer")) == 1
-    died = job(results, 0, returned(JobDiedError("job 7 ended without a result as FAILED")))
-    row = table_rows(directory)[0]
-    assert (row["state"], row["reason"], died.return_value) == ("failed", "ValueError: a mistake", None)
-
-
-def test_another_start_of_a_job_has_a_reason_of_its_own(started):
-    start, job, directory = started
-    results = start()
-    assert fails_in_slurm((started, results), 1, ValueError("a mistake")) == 1
-    assert fails_in_slurm((started, results), 0, ValueError("another"), restarts=1) == 1
-    job(results, 0, returned(JobDiedError("job 7 ended without a result as FAILED")))
-    assert table_rows(directory)[0]["reason"] == "ValueError: another"
 
 
 def test_two_jobs_of_a_sweep_with_one_directory_are_refused(started, capsys):

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,19 +126,24 @@ def test_what_a_submitted_job_raises_is_raised_by_the_command(commands):
 def test_a_submitted_job_that_dies_is_told_by_the_command(commands):
     """Without the script that would start it again."""
     assert commands.submit("dies", *trouble("Dies"), "hydra.launcher.setup=['export SLURM_KILL_BAD_EXIT=1']").wait(300)
-    assert re.search("UncompletedJobError|ended without a result", commands.said("dies"))
+    assert "died: rank 1 does not answer" in commands.said("dies")
     job = commands.job()
     assert "rank 1 does not answer" in commands.log(job).read_text()
 
 
-def test_a_job_whose_process_is_killed_ends_names_it_and_goes_on_from_its_last_save(commands, unbroken, tmp_path):
-    output = tmp_path / "output"
+def by_sbatch(commands, output, *overrides):
+    """The id of a job of two nodes."""
     variables = {key: commands.environment[key] for key in ("PYTHONPATH", "OMP_NUM_THREADS", "WANDB_MODE", "LDM_RUNS")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{commands.environment['PATH']}"
-    job = commands.cluster.submit(
+    return commands.cluster.submit(
         "--nodes=2", "--ntasks-per-node=1", f"--chdir={ROOT}", f"--output={output}", ROOT / "slurm/train.sbatch",
-        *RUN, *TWO_NODES, *trouble("Dies", tmp_path / "marker"), "run_id=killed", PATH=path, **variables,
+        *RUN, *TWO_NODES, *overrides, PATH=path, **variables,
     )  # fmt: skip
+
+
+def test_a_job_whose_process_is_killed_ends_names_it_and_goes_on_from_its_last_save(commands, unbroken, tmp_path):
+    output = tmp_path / "output"
+    job = by_sbatch(commands, output, *trouble("Dies", tmp_path / "marker"), "run_id=killed")
     # SLURM 22.05 repeats its signal to the old step after 70 s. A cluster has a requeued job wait for two minutes, and
     # it meets nobody; here it would meet the next start.
     commands.cluster._await(lambda: commands.cluster.facts(job)["Restarts"] == "1", 200, "the job is requeued", job)
@@ -148,9 +152,22 @@ def test_a_job_whose_process_is_killed_ends_names_it_and_goes_on_from_its_last_s
     said = output.read_text()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), said[-3000:]
     assert "rank 1 does not answer" in said
-    assert "a process died with status 137 in a start from step 0" in said
+    assert "a process died with status 137 (a start from step 0)" in said
     assert "Resuming from step 2 of " in said
     assert_same_end(unbroken, "killed")
+
+
+def test_a_job_that_waits_in_vain_for_a_rank_that_lives_has_another_start(commands, tmp_path):
+    """By gloo's time-out, which ends a process by an error and not by a signal."""
+    output = tmp_path / "output"
+    words = ["run_id=hangs", "trainer.strategy.timeout.seconds=12"]
+    job = by_sbatch(commands, output, *trouble("Hangs", tmp_path / "marker"), *words)
+    commands.cluster._await(lambda: commands.cluster.facts(job)["Restarts"] == "1", 200, "the job is requeued", job)
+    commands.cluster.run("scancel", job)
+    said = output.read_text()
+    assert "Timed out waiting" in said
+    assert "rank 1 does not answer" not in said
+    assert "its processes have lost each other (a start from step 0); the job goes into the queue again" in said
 
 
 def test_ranks_of_different_configs_are_refused_before_the_first_step(commands, runs):

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,25 +30,33 @@ TWO_RANKS = [
 ]  # fmt: skip
 
 
+def start(cluster, root, *overrides):
+    """The command, and what it writes to."""
+    path = f"{root}:{Path(sys.executable).parent}:{cluster.environment['PATH']}"
+    with (root / "said").open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ldm_train", "-m", *overrides, f"paths.root={root}"],
+            env=cluster.environment | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
 def sweep(cluster, root, *overrides):
     """What the command says, and the rows of its table."""
-    path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
-    done = subprocess.run(
-        [sys.executable, "-m", "ldm_train", "-m", *overrides, f"paths.root={root}"],
-        env=cluster.environment | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 1, done.stdout[-4000:]
+    returned = start(cluster, root, *overrides).wait(300)
+    said = (root / "said").read_text()
+    assert returned == 1, said[-4000:]
     (table,) = root.glob("*/sweep_*/results.csv")
     with table.open(newline="") as file:
-        return done.stdout, list(csv.DictReader(file))
+        return said, list(csv.DictReader(file))
 
 
 def test_a_sweep_of_four_with_one_that_raises_and_one_that_dies_ends_with_four_rows(cluster, tmp_path):
+    """On a cluster that keeps no accounts."""
+    (tmp_path / "sacct").write_text("#!/bin/sh\necho Slurm accounting storage is disabled >&2\nexit 1\n")
+    (tmp_path / "sacct").chmod(0o755)
     said, rows = sweep(cluster, tmp_path, *RUN, *FOUR)
     assert [row["optimizer.lr"] for row in rows] == ["-1", "0.002", "0.003", "0.001"]
     assert [row["state"] for row in rows] == ["failed", "died", "finished", "finished"], said[-4000:]
@@ -66,3 +75,15 @@ def test_a_rank_that_fails_alone_ends_its_job_with_its_reason_and_the_sweep_goes
     assert "3 jobs, 2 of this sweep without a figure" in said
     log = (tmp_path / ".submitit").glob("*_0/*_1_log.out")
     assert "rank 1: ValueError: a made-up mistake" in next(log).read_text()
+
+
+def test_a_job_is_deaf_to_signals_while_python_is_loading(cluster, tmp_path):
+    words = [*RUN, "hydra=slurm", "trainer=slurm", "trainer.accelerator=cpu", "run_id=deaf"]
+    command = start(cluster, tmp_path, *words)
+    cluster._await(lambda: cluster.run("squeue", "--noheader", "--steps", "--format=%i").count(".0"), 60, "a step runs")
+    job = cluster.run("squeue", "--noheader", "--states=RUNNING", "--format=%i").strip()
+    time.sleep(0.5)  # the shell that is deaf to them is there, Python is not
+    for name in ("USR2", "TERM", "USR1"):
+        cluster.run("scancel", f"--signal={name}", job)
+    assert command.wait(200) == 0, (tmp_path / "said").read_text()
+    assert cluster.facts(job)["Restarts"] == "0"
