@@ -10,6 +10,7 @@ Named by `hydra.launcher._target_` beside `hydra/launcher=submitit_slurm`. Witho
 """
 
 import importlib.util
+import os
 import shlex
 import sys
 import time
@@ -21,7 +22,7 @@ from hydra.core.utils import JobReturn, run_job
 from omegaconf import DictConfig, open_dict
 
 from ldm_train.isolation import JobDiedError
-from ldm_train.submission import Queue
+from ldm_train.submission import SWEPT_KEYS, Queue
 
 # In the shell of the job's script; `LDM_TASK` is of slurm/again.sh, which `hydra.launcher.setup` reads if it is there.
 _PYTHON = """bash -c "${{LDM_TASK:-:}}"'; exec "$@"' task {}"""
@@ -29,14 +30,6 @@ _PYTHON = """bash -c "${{LDM_TASK:-:}}"'; exec "$@"' task {}"""
 if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is not None:
     from hydra_plugins.hydra_submitit_launcher import submitit_launcher
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
-
-    def _ending_of(job: Any, queue: Queue) -> str | None:  # noqa: ANN401
-        """Waits for a job: None if submitit has a result or knows that it is over, else the state of one that is."""
-        while not job.done():
-            if state := queue.ending_of(job.job_id):
-                return state
-            time.sleep(1)
-        return None
 
     class SlurmLauncher(submitit_launcher.SlurmLauncher):
         """Submits the jobs of a multirun as one array, and returns something for each."""
@@ -48,8 +41,7 @@ if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is not None
                 job_overrides: of each job.
                 initial_job_idx: the number of the first.
             """
-            from submitit.core.utils import FailedJobError, UncompletedJobError
-
+            self._swept = os.environ.get(SWEPT_KEYS, "")
             numbered = list(enumerate(job_overrides, start=initial_job_idx))
             calls = [
                 (list(overrides), "hydra.sweep.dir", number, f"job_{number}", Singleton.get_state())
@@ -57,18 +49,33 @@ if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is not None
             ]
             jobs = self._executor().map_array(self, *zip(*calls, strict=True))
             print(f"Submitted {len(jobs)} jobs to SLURM: {', '.join(job.job_id for job in jobs)}", flush=True)
-            returns, queue = [], Queue()
-            for job, (number, overrides) in zip(jobs, numbered, strict=True):
-                state = _ending_of(job, queue)
-                if state is None:
-                    try:
-                        returns.append(job.results()[0])
-                        continue
-                    except (UncompletedJobError, FailedJobError):
-                        state = job.state
-                ending = f"job {job.job_id} ended without a result as {state}; see {job.paths.stdout}"
-                returns.append(self._return_of_dead(overrides, number, job.job_id, ending))
-            return returns
+            returns: dict[int, JobReturn] = {}
+            queue = Queue()
+            while len(returns) < len(jobs):
+                for job, (number, overrides) in zip(jobs, numbered, strict=True):
+                    if number not in returns and (found := self._return_of(job, number, overrides, queue)):
+                        returns[number] = found
+                time.sleep(1)
+            return [returns[number] for number, _ in numbered]
+
+        def __call__(self, *arguments: Any) -> JobReturn:  # noqa: ANN401
+            """Run a job, in a process of its own: the site may keep the sweep's environment from it."""
+            os.environ[SWEPT_KEYS] = self._swept
+            return super().__call__(*arguments)
+
+        def _return_of(self, job: Any, number: int, overrides: Sequence[str], queue: Queue) -> JobReturn | None:  # noqa: ANN401
+            """What the job returned, or would have returned had it raised and not died; None while it goes on."""
+            from submitit.core.utils import FailedJobError, UncompletedJobError
+
+            if job.done():
+                try:
+                    return job.results()[0]
+                except (UncompletedJobError, FailedJobError):
+                    state = job.state
+            elif (state := queue.ending_of(job.job_id)) is None:
+                return None
+            ending = f"job {job.job_id} ended without a result as {state}; see {job.paths.stdout}"
+            return self._return_of_dead(overrides, number, job.job_id, ending)
 
         def _executor(self) -> Any:  # noqa: ANN401
             import submitit

@@ -126,7 +126,7 @@ class Agreement:
 
     def forget(self) -> None:
         """What was said so far is out of date, and the next call returns 0; every rank calls it at the same place."""
-        self._is_forgotten = True
+        self._is_forgotten = self._work is not None
 
     def _settled(self) -> int:
         if self._work is None:
@@ -142,7 +142,7 @@ class PacedAgreement:
 
     Ranks that talked in each step of a millisecond would spend a twentieth of it on that. Where all of them find that
     less than `seconds` have passed since they last talked, they let twice as many calls pass the next time, up to
-    `most_calls`. The first call after `talk_at_once` talks; with one process each does.
+    `most_calls`. The first two calls after `talk_at_once` talk; with one process each does.
 
     Args:
         seconds: between two talks, about.
@@ -162,6 +162,7 @@ class PacedAgreement:
     def talk_at_once(self) -> None:
         """What follows may take longer than what went before; every rank says so at the same place."""
         self._every = self._to_go = 1
+        self._at_once = 2  # talks; what the first one hears was said before
 
     def exchange(self, value: int) -> int | None:
         """What the talk before this one agreed on, as by `Agreement.exchange`; None if this call lets it pass."""
@@ -174,7 +175,8 @@ class PacedAgreement:
         is_late, self._talked_at = now - self._talked_at > self.seconds, now
         # The number twice, plus one if this rank has waited long: of the ranks' values the largest tells both.
         agreed = self._agreement.exchange(2 * value + is_late)
-        self._every = self._to_go = 1 if agreed else min(2 * self._every, self.most_calls)
+        self._at_once = max(0, self._at_once - 1)
+        self._every = self._to_go = 1 if agreed or self._at_once else min(2 * self._every, self.most_calls)
         return agreed // 2
 
     def forget(self) -> None:

@@ -152,7 +152,7 @@ class SweepResults(Callback):
 
     def _is_task_of_several(self) -> bool:
         """Whether this process is one of a job's that SLURM runs, and not the sweep's own."""
-        return self._owner != _process() and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+        return self._owner != _process() and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
     def _leave_others(self, config: DictConfig, error: Exception, state: str, reason: str) -> NoReturn:
         """End this process as one that failed, with a note of why.
@@ -218,7 +218,7 @@ def sweep_name(config: DictConfig) -> str:
 
 def _swept_keys(config: DictConfig) -> list[str]:
     last = {each.get_key_element(): each for each in _overrides(config)}
-    return [key for key, each in last.items() if each.is_sweep_override()]
+    return [key.lstrip("+~") for key, each in last.items() if each.is_sweep_override()]
 
 
 def _process() -> tuple[str, int]:

@@ -72,12 +72,12 @@ def job_name(overrides: Iterable[str], swept: Collection[str], excluded: Collect
     told = {key: last[key] for key in sorted(last) if key not in excluded}
     varied = [each for key, each in told.items() if key in swept] or list(told.values())
     name, rest = ",".join(varied).replace("/", "_"), [each for each in told.values() if each not in varied]
-    shortened = name if len(name) <= _MOST_CHARACTERS else f"{name[:130]}-{_digest([name])}"
+    shortened = name if len(name) <= _MOST_CHARACTERS else f"{name[:130]}-{_digest([name], 12)}"
     return f"{shortened}-{_digest(rest)}" if rest else shortened
 
 
-def _digest(words: Sequence[str]) -> str:
-    return hashlib.sha1(chr(10).join(words).encode()).hexdigest()[:6]
+def _digest(words: Sequence[str], digits: int = 6) -> str:
+    return hashlib.sha1(chr(10).join(words).encode()).hexdigest()[:digits]
 
 
 # All others are on their way, may come back, or are held for somebody to release.
@@ -100,7 +100,7 @@ class Queue:
 
     def __init__(self, every: float = 15.0, patience: float = 30.0) -> None:
         self._every, self._patience = every, patience
-        self._looked_at = -every
+        self._asked_at = self._answered_at = -every
         self._known: set[str] = set()
         self._over: dict[str, tuple[str, float]] = {}  # state, and since when
 
@@ -111,11 +111,11 @@ class Queue:
             job: as the queue names it, `array_task` in an array.
         """
         now = time.monotonic()
-        if now - self._looked_at >= self._every:
-            self._looked_at = now
+        if now - self._asked_at >= self._every:
+            self._asked_at = now
             self._look(now)
         state, since = self._over.get(job, ("", now))
-        return state if state and self._looked_at - since >= self._patience else None
+        return state if state and self._answered_at - since >= self._patience else None
 
     def _look(self, now: float) -> None:
         try:
@@ -123,6 +123,7 @@ class Queue:
         except (OSError, subprocess.SubprocessError) as error:
             _log.debug("squeue: %s", error)  # the controller is busy, or being started again
             return
+        self._answered_at = now
         found = dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
         over = {job: state for job, state in found.items() if state in _OVER}
         # The queue forgets a job some minutes after its end; one that it has never known may be another cluster's.

@@ -18,7 +18,15 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
-from ldm_train.callbacks import Preempted, RankWatch, RunRecord, finish_wandb, leave_wandb, listening
+from ldm_train.callbacks import (
+    Preempted,
+    RankWatch,
+    RunRecord,
+    finish_wandb,
+    leave_wandb,
+    listening,
+    refuse_another_start,
+)
 from ldm_train.checkpoint import UNTRAINED, load_weights, read_checkpoint, verify_checkpoint
 from ldm_train.config import ConfigError, Run, build, check, not_of_a_run, plain, unwritable
 from ldm_train.data import ShardReadError, folders_of
@@ -56,6 +64,8 @@ def train(cfg: DictConfig) -> float | None:
         ConfigError: if the config is refused; nothing has been touched then.
     """
     refuse(cfg)
+    if OmegaConf.select(cfg, "callbacks.preemption.requeue") is False:
+        refuse_another_start()
     _hush_lightning()
     _keep_heap()
     run_dir = Path(cfg.paths.run_dir)

@@ -16,10 +16,11 @@ job="${job:-$SLURM_JOB_ID}"
 #     .lost    the ranks that another one found silent, or `time-out` if one has waited in vain
 #     .once    is there if the training wants no other start
 #     .deaths  has what this file held when a start died, or was told to go before it had got further
+#     .counted is there if this start is among these
 placed="${placed:-a start from step}"
 export LDM_START_FILE="${LDM_RUNS:-runs}/.starts/$job"
 mkdir -p "${LDM_START_FILE%/*}"
-rm -f "$LDM_START_FILE" "$LDM_START_FILE.ended" "$LDM_START_FILE.lost" "$LDM_START_FILE.once"
+for each in "" .ended .lost .once .counted; do rm -f "$LDM_START_FILE$each"; done
 
 # What a task runs: `bash -c "$LDM_TASK" task command ...`. Signals that come while Python is still loading are ignored:
 # they would end it.
@@ -60,10 +61,11 @@ again_after() {
 
 # Three times at the same place are enough: two starts at least have not got further.
 start_again() {
-    may_start_again || return 0
+    if [ -n "${asked:-}" ] || ! may_start_again; then return 0; fi
+    asked=1
     local place
     place=$(cat "$LDM_START_FILE" 2>/dev/null || echo "before the first")
-    echo "$place" >>"$LDM_START_FILE.deaths"
+    [ -e "$LDM_START_FILE.counted" ] || echo "$place" >>"$LDM_START_FILE.deaths"
     if [ "$(tail -n 3 "$LDM_START_FILE.deaths" | grep -cxF "$place")" = 3 ]; then
         echo "job $job: $1 ($placed $place), as in the two starts before; allowed are two without progress; see above" \
             "what ended it, give it more of that (--time, --mem), and submit it again" >&2

@@ -116,3 +116,12 @@ def test_a_job_that_slurm_has_forgotten_is_over_if_it_has_known_it(queue):
 def test_a_controller_that_does_not_answer_ends_no_job(queue):
     assert queue(0, "7_1 RUNNING") is None
     assert [queue(second, "the controller does not answer") for second in (20, 100, 1000)] == [None] * 3
+
+
+def test_what_was_seen_once_before_the_controller_fell_silent_ends_no_job(queue):
+    """A node breaks, the controller is busy with it, and the job comes back."""
+    assert queue(0, "7_1 NODE_FAIL") is None
+    assert [queue(second, "the controller does not answer") for second in (16, 32, 75)] == [None] * 3
+    assert queue(91, "7_1 PENDING") is None
+    assert queue(107, "7_1 NODE_FAIL") is None
+    assert queue(140, "7_1 NODE_FAIL") == "NODE_FAIL"

@@ -16,7 +16,7 @@ def fails_in_slurm(started, rank, error, restarts=0):
     """The status of a rank of a job of two processes that raises in SLURM, and its rows afterwards."""
     (_, job, _), results = started
     if not (child := os.fork()):
-        environment = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": str(rank)}
+        environment = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank)}
         os.environ.update(environment | {"SLURM_RESTART_COUNT": str(restarts)})
         rank_zero_only.rank = rank
         job(results, 0, returned(error))

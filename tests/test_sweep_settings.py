@@ -77,6 +77,7 @@ def test_jobs_are_named_by_what_a_sweep_varies_and_told_apart_by_all_settings():
     assert len(others | {first}) == 5
     assert name("experiment=demo", "optimizer.lr=1e-4") == "optimizer.lr=1e-4"
     assert name("data.shards=a/b", "+seed=1", swept=[""]) == "data.shards=a_b,+seed=1"  # of nobody's sweep
+    assert name("+seed=1", "optimizer.lr=1e-4", swept=["seed"]).rpartition("-")[0] == "+seed=1"
     assert name("experiment=demo") == ""
     long = {name(f"optimizer.lr={'1' * 300}{end}", "seed=1") for end in "12"}
     assert len(long) == 2

@@ -104,6 +104,18 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
         resume_path(str(tmp_path / "absent.ckpt"), tmp_path)
 
 
+@pytest.mark.parametrize("requeue", ["true", "false"])
+def test_a_run_that_wants_no_other_start_tells_the_job_s_script_before_anything_is_built(
+    tmp_path, monkeypatch, requeue
+):
+    monkeypatch.setenv("LDM_START_FILE", str(tmp_path / "17"))
+    words = "resume=nowhere.ckpt", f"callbacks.preemption.requeue={requeue}"
+    cfg = composed("experiment=demo_autoencoder", *words, root=tmp_path)
+    with pytest.raises(ConfigError, match="resume"):
+        train(cfg)
+    assert (tmp_path / "17.once").exists() is (requeue == "false")
+
+
 def test_nothing_is_built_or_written_to_validate_what_was_never_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "_instantiate", lambda *_, **__: pytest.fail("a part was built"))
     with pytest.raises(ConfigError, match=r"task=validate found no checkpoint in .*; change `resume`"):

@@ -110,7 +110,8 @@ def sample(arguments: argparse.Namespace, console: Console) -> int:
     tell_finished(before)
     for number, picture in enumerate(track(made, "images", len(left), console=console, disable=hidden), start=1):
         sampling_settings.save(picture, folder / picture.request.name, session.shared, stage.device)
-        tell_finished(before + number)
+        if not arguments.overwrite:  # else another start makes all of them anew, and nothing is finished for good
+            tell_finished(before + number)
     missing = sum(not is_made(request, session.shared, folder) for request in session.requests)
     if missing:
         say(console, f"{len(left)} images in {folder}; {missing} of other processes are not there yet")

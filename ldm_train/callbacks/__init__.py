@@ -20,6 +20,7 @@ from ldm_train.callbacks.progress import progress_bar
 from ldm_train.callbacks.provenance import RunRecord
 from ldm_train.callbacks.ranks import RankWatch
 from ldm_train.callbacks.reconstruction import ReconstructionFrechet
+from ldm_train.callbacks.requeue import refuse_another_start
 from ldm_train.callbacks.summary import RunSummary
 from ldm_train.callbacks.throughput import ThroughputMonitor
 from ldm_train.callbacks.tracking import MetricsCSV, finish_wandb, leave_wandb, wandb_logger
@@ -53,5 +54,6 @@ __all__ = [
     "leave_wandb",
     "listening",
     "progress_bar",
+    "refuse_another_start",
     "wandb_logger",
 ]

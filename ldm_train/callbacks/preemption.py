@@ -37,7 +37,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from ldm_train.callbacks.checkpoints import CheckpointWriter
-from ldm_train.callbacks.requeue import Handler, ask_for_another_start, gets_further, refuse_another_start
+from ldm_train.callbacks.requeue import Handler, ask_for_another_start, gets_further
 from ldm_train.callbacks.tracking import log_trained_batch
 from ldm_train.distributed import PacedAgreement
 
@@ -248,8 +248,6 @@ def listening(trainer: L.Trainer) -> Iterator[None]:
     if preemption is None:
         yield
         return
-    if trainer.is_global_zero and not preemption.requeue:
-        refuse_another_start()
     preemption.install()
     try:
         yield

@@ -16,11 +16,12 @@ import lightning as L
 from ldm_train.callbacks.provenance import versions
 from ldm_train.callbacks.requeue import tell_of_lost
 from ldm_train.distributed import patience, rank_store
-from ldm_train.roll_call import Pulse, compare
+from ldm_train.roll_call import Pulse, RanksDifferError, compare
 
 _log = logging.getLogger(__name__)
 
-_TIME_OUT = re.compile("Timed out waiting|timeout")  # Gloo's words, and those of a store, a barrier or NCCL
+# Gloo's words; those of a store, a barrier or NCCL; and those of the comparison before the first step.
+_TIME_OUT = re.compile("Timed out waiting|timeout|nothing was heard of")
 
 
 class RankWatch(L.Callback):
@@ -74,14 +75,17 @@ class RankWatch(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Looks who is silent, if another rank may be the reason; then says goodbye."""
-        if self._pulse is None:
+        if trainer.world_size == 1:
             return
         # Errors of communication are RuntimeErrors; so are others, after which a look does no harm.
-        if isinstance(exception, RuntimeError) and (report := self._pulse.report()):
+        if isinstance(exception, RuntimeError) and self._pulse is not None and (report := self._pulse.report()):
             _log.error("%s", report)
             exception.add_note(report)  # for whoever has submitted the job
-        if isinstance(exception, RuntimeError):
-            tell_of_lost(self._pulse.silent, is_timed_out=_TIME_OUT.search(str(exception)) is not None)
+        if isinstance(exception, RuntimeError | RanksDifferError):
+            silent = self._pulse.silent if self._pulse is not None else []
+            tell_of_lost(silent, is_timed_out=_TIME_OUT.search(str(exception)) is not None)
+        if self._pulse is None:
+            return
         reason = next(iter(str(exception).splitlines()), "")
         self._pulse.stop(f"with {type(exception).__name__}: {reason}"[:300])
 
@@ -96,11 +100,11 @@ class RankWatch(L.Callback):
         if begun == _batches_begun(trainer):
             return work
         if trainer.sanity_checking or trainer.validating:
-            loop = trainer._evaluation_loop
-            return f"validation batch {loop.batch_progress.current.ready - 1}"
+            ready = trainer._evaluation_loop.batch_progress.current.ready
+            return f"validation batch {ready - 1}" if ready else "the start of a validation"
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
         if not batches.ready:
-            return "the start"
+            return f"the start of epoch {trainer.current_epoch}" if trainer.current_epoch else "the start"
         between = "" if batches.ready > batches.completed else "after "
         return f"{between}batch {batches.ready - 1} of epoch {trainer.current_epoch}"
 

@@ -47,6 +47,7 @@ def gets_further(step: int) -> bool:
         return True
     with Path(f"{path}.deaths").open("a+", encoding="utf-8") as file:
         file.write(f"{began}\n")
+        Path(f"{path}.counted").touch()
         file.seek(0)
         if file.read().splitlines()[-_MOST_STARTS:] != [began] * _MOST_STARTS:
             return True

@@ -229,13 +229,6 @@ def test_the_third_start_in_a_row_without_a_step_is_the_last(tmp_path, monkeypat
     assert "`sbatch --time=... --signal=USR1@...`" in caplog.text
 
 
-@pytest.mark.parametrize("requeue", [True, False])
-def test_a_run_that_wants_no_other_start_tells_the_job_s_script(tmp_path, monkeypatch, requeue):
-    monkeypatch.setenv("LDM_START_FILE", str(tmp_path / "17"))
-    fit(tmp_path, requeue=requeue)
-    assert (tmp_path / "17.once").exists() is not requeue
-
-
 def test_lost_ranks_and_a_time_out_are_told_to_the_job_s_script(tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_START_FILE", str(tmp_path / "17"))
     tell_of_lost([], is_timed_out=False)

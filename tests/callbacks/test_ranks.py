@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 import ldm_train
 from ldm_train.callbacks import ranks
+from ldm_train.roll_call import RanksDifferError
 from tests.callbacks.toy import NUM_IMAGES, ToyData, ToyStage, batch_of, trainer_of
 
 
@@ -41,7 +42,7 @@ def test_a_rank_that_has_waited_in_vain_tells_the_job_s_script(tmp_path, monkeyp
     monkeypatch.setenv("LDM_START_FILE", str(tmp_path / "17"))
     watch = ranks.RankWatch({})
     watch._pulse = SimpleNamespace(report=lambda: None, silent=[], stop=lambda reason: None)
-    watch.on_exception(None, None, RuntimeError(words))
+    watch.on_exception(SimpleNamespace(world_size=2), None, RuntimeError(words))
     assert (tmp_path / "17.lost").exists() is is_told
 
 
@@ -53,7 +54,8 @@ def test_the_place_is_told_without_a_word_of_any_step(tmp_path):
         def _look(self, trainer, *_, **__):
             told.append(watch._place(trainer))
 
-        on_fit_start = on_train_batch_start = on_validation_batch_start = on_validation_end = on_train_end = _look
+        on_fit_start = on_train_batch_start = on_validation_start = on_validation_batch_start = _look
+        on_validation_end = on_train_end = _look
 
         def on_before_zero_grad(self, trainer, *_):
             self._look(trainer)
@@ -67,10 +69,20 @@ def test_the_place_is_told_without_a_word_of_any_step(tmp_path):
             return DataLoader(range(NUM_IMAGES), batch_size=4, collate_fn=collate)
 
     trainer = trainer_of(tmp_path, [watch, Look()], max_epochs=2, max_steps=-1, limit_train_batches=2,
-                         limit_val_batches=2, val_check_interval=2)  # fmt: skip
+                         limit_val_batches=2, check_val_every_n_epoch=2)  # fmt: skip
     trainer.fit(ToyStage(), Waiting())
-    assert "after batch 0 of epoch 1" in waiting
-    epochs = [[f"batch 0 of epoch {e}", f"batch 0 of epoch {e}", f"batch 1 of epoch {e}", f"batch 1 of epoch {e}",
-               "validation batch 0", "validation batch 1", f"after the validation at step {2 * e + 2}"]
-              for e in range(2)]  # fmt: skip
-    assert told == ["the start", *epochs[0], *epochs[1], "the closing work after step 4"]
+    assert {"the start", "after batch 0 of epoch 0", "the start of epoch 1", "after batch 0 of epoch 1"} <= {*waiting}
+    steps = [f"batch {b} of epoch {e}" for e in range(2) for b in (0, 0, 1, 1)]
+    validation = ["the start of a validation", "validation batch 0", "validation batch 1"]
+    last = ["after the validation at step 4", "the closing work after step 4"]
+    assert told == ["the start", *steps, *validation, *last]
+
+
+@pytest.mark.parametrize(("world", "told"), [(1, False), (2, True)])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Timed out waiting 6000ms"), RanksDifferError("nothing was heard of rank 1 within 6 s")]
+)
+def test_a_time_out_before_the_ranks_were_compared_is_told_too(tmp_path, monkeypatch, world, told, error):
+    monkeypatch.setenv("LDM_START_FILE", str(tmp_path / "17"))
+    ranks.RankWatch({}).on_exception(SimpleNamespace(world_size=world), None, error)
+    assert (tmp_path / "17.lost").exists() is told

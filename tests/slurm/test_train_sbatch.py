@@ -20,6 +20,9 @@ if step := os.environ.get("STEP"): open(os.environ["LDM_START_FILE"], "w").write
 if ended := os.environ.get("ENDED"): open(os.environ["LDM_START_FILE"] + ".ended", "w").write(ended)
 if lost := os.environ.get("LOST"): open(os.environ["LDM_START_FILE"] + ".lost", "w").write(lost + "\n")
 if os.environ.get("ONCE"): open(os.environ["LDM_START_FILE"] + ".once", "w")
+if counted := os.environ.get("COUNTED"):
+    open(os.environ["LDM_START_FILE"] + ".counted", "w")
+    open(os.environ["LDM_START_FILE"] + ".deaths", "a").write(counted + "\n")
 json.dump({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}, open(os.environ["RECORD"], "w"))
 sys.exit(int(os.environ.get("STATUS", "0")))
 """
@@ -217,6 +220,27 @@ def test_a_task_of_an_array_that_finishes_nothing_in_three_starts_is_left_alone(
     assert (tmp_path / "record.json.scontrol").read_text().count("requeue 42_1\n") == 5
     assert all("goes into the queue again" in each for each in said[:5])
     assert "(finished so far: 3), as in the two starts before" in said[5]
+
+
+@pytest.mark.parametrize("finished", ["7", ""])
+def test_a_task_that_ends_at_its_time_limit_is_counted_once(submit, tmp_path, finished):
+    """SLURM still says so when the script's own end looks again."""
+    limit = {"STATUS": "143", "STATE": "COMPLETING", "REASON": "TimeLimit"}
+    said = [submit(script=SCRIPT.with_name("array.sbatch"), STEP=finished, **limit, **ARRAY)[0] for _ in range(3)]
+    assert (tmp_path / "record.json.scontrol").read_text().count("requeue 42_1\n") == 2
+    assert [process.stderr.count("goes into the queue again") for process in said] == [1, 1, 0]
+    assert "as in the two starts before" in said[2].stderr
+
+
+def test_a_start_that_the_training_has_counted_is_not_counted_again(submit, requeues):
+    """It was told to go, saved after its time was up, and its script is asked as well."""
+    limit = {"STATUS": "138", "STATE": "COMPLETING", "REASON": "TimeLimit", "STEP": "40"}
+    for _ in range(2):
+        submit(COUNTED="40", **limit)
+    assert requeues() == 2
+    process, _ = submit(COUNTED="40", **limit)
+    assert requeues() == 2
+    assert "as in the two starts before" in process.stderr
 
 
 def test_a_task_is_deaf_to_signals_until_python_listens(submit):
