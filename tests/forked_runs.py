@@ -2,7 +2,8 @@
 
 A server (`python -m tests.forked_runs`) imports everything once. A line of JSON on its standard input lists the ranks
 of a run, each an object of `overrides`, `environment` and the `output` file; they are forked, and their process ids are
-printed as a line, then, when all have ended, their exit codes and seconds of CPU time, workers included.
+printed as a line, then, when all have ended, their exit codes and seconds of CPU time, workers included. An empty line
+ends it.
 """
 
 import json
@@ -87,7 +88,8 @@ class ForkedRuns:
         assert self.server.stdin
         if self.is_running:
             self.kill()
-        self.server.stdin.close()
+        # A word, and not the end of its input, which a process that was forked from this one may hold open.
+        print(file=self.server.stdin, flush=True)
         self.server.wait(60)
 
 
@@ -138,7 +140,7 @@ def _start(overrides: list[str], environment: dict[str, str], output: str) -> in
 
 
 if __name__ == "__main__":
-    for line in sys.stdin:
+    while line := sys.stdin.readline().strip():
         forked = [_start(**rank) for rank in json.loads(line)]
         print(json.dumps(forked), flush=True)
         ended = [os.wait4(pid, 0) for pid in forked]
