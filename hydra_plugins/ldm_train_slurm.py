@@ -53,7 +53,8 @@ if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is not None
             queue = Queue()
             while len(returns) < len(jobs):
                 for job, (number, overrides) in zip(jobs, numbered, strict=True):
-                    if number not in returns and (found := self._return_of(job, number, overrides, queue)):
+                    found = None if number in returns else self._return_of(job, number, overrides, queue)
+                    if found is not None:
                         returns[number] = found
                 time.sleep(1)
             return [returns[number] for number, _ in numbered]

@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from hydra_plugins import ldm_train_slurm
 from ldm_train.multirun import SweepResults
 from ldm_train.submission import Queue, gpus_per_node, tasks_per_node
 from tests.conftest import composed
@@ -125,3 +126,41 @@ def test_what_was_seen_once_before_the_controller_fell_silent_ends_no_job(queue)
     assert queue(91, "7_1 PENDING") is None
     assert queue(107, "7_1 NODE_FAIL") is None
     assert queue(140, "7_1 NODE_FAIL") == "NODE_FAIL"
+
+
+def test_a_job_that_dies_has_its_row_while_one_before_it_goes_on(monkeypatch):
+    from submitit.core.utils import UncompletedJobError
+
+    told = []
+
+    class Long:
+        job_id, asked = "7_0", 0
+
+        def done(self):
+            self.asked += 1
+            assert self.asked < 100
+            return bool(told)
+
+        def results(self):
+            return ["its figure"]
+
+    class Dead:
+        job_id, state, paths = "7_1", "FAILED", SimpleNamespace(stdout="7_1.out")
+
+        def done(self):
+            return True
+
+        def results(self):
+            raise UncompletedJobError("no result")
+
+    def return_of_dead(self, overrides, number, job_id, ending):
+        told.append((overrides, number, job_id, ending))
+        return "a failure"
+
+    executor = SimpleNamespace(map_array=lambda *_: [Long(), Dead()])
+    monkeypatch.setattr(ldm_train_slurm.SlurmLauncher, "_executor", lambda self: executor)
+    monkeypatch.setattr(ldm_train_slurm.SlurmLauncher, "_return_of_dead", return_of_dead)
+    monkeypatch.setattr(ldm_train_slurm, "time", SimpleNamespace(sleep=lambda seconds: None))
+    launcher = ldm_train_slurm.SlurmLauncher.__new__(ldm_train_slurm.SlurmLauncher)
+    assert launcher.launch([["seed=0"], ["seed=1"]], 4) == ["its figure", "a failure"]
+    assert told == [(["seed=1"], 5, "7_1", "job 7_1 ended without a result as FAILED; see 7_1.out")]
