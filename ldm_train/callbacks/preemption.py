@@ -114,6 +114,7 @@ class Preemption(Checkpoint):
         """A signal may have come while the run was starting."""
         assert self._agreement is not None
         self._leave(self._agreement.now(self._received))
+        self.look_at_once()
         self._began_at = _batches(trainer).processed
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
@@ -239,6 +240,8 @@ def interruptible(trainer: L.Trainer, items: Iterable[Item]) -> Iterator[Item]:
         if preemption is not None:
             preemption.leave_if_told(trainer)
         yield item
+    if preemption is not None:
+        preemption.look_at_once()
 
 
 @contextmanager

@@ -325,15 +325,25 @@ class Talks:
         agreed, self.pending = self.pending, value
         return agreed
 
+    def now(self, value):
+        return max(self.exchange(value), self.pending)
 
-@pytest.mark.parametrize(("seconds", "looks"), [(0.001, range(60, 80)), (0.2, range(990, 1001))])
-def test_ranks_look_for_signals_often_but_not_in_each_step_of_a_millisecond(tmp_path, monkeypatch, seconds, looks):
-    preemption, trainer, now = Preemption(), trainer_of(tmp_path, []), [1.0]
+
+@pytest.fixture
+def talking(tmp_path, monkeypatch):
+    """A callback of two ranks, its trainer, the other rank, and the time in a list."""
+    preemption, now = Preemption(), [1.0]
+    trainer = trainer_of(tmp_path, [preemption], enable_checkpointing=True)
     monkeypatch.setattr("ldm_train.distributed.time.monotonic", lambda: now[0])
     preemption.setup(trainer, None, "validate")
     preemption._agreement._agreement, preemption._agreement.is_alone = Talks(), False
-    talks = preemption._agreement._agreement
     trainer.state.fn = "validate"
+    return preemption, trainer, preemption._agreement._agreement, now
+
+
+@pytest.mark.parametrize(("seconds", "looks"), [(0.001, range(60, 80)), (0.2, range(990, 1001))])
+def test_ranks_look_for_signals_often_but_not_in_each_step_of_a_millisecond(talking, seconds, looks):
+    preemption, trainer, talks, now = talking
 
     def steps(count):
         for _ in range(count):
@@ -345,6 +355,22 @@ def test_ranks_look_for_signals_often_but_not_in_each_step_of_a_millisecond(tmp_
     preemption._received = signal.SIGTERM
     with pytest.raises(Preempted, match=str(128 + signal.SIGTERM)):
         steps(40)
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_validation_start", "on_validation_end", None])
+def test_after_short_pieces_of_work_the_next_batches_are_looked_at(talking, hook):
+    """As after images that were generated in milliseconds: a training step may take seconds."""
+    preemption, trainer, talks, now = talking
+    for _ in interruptible(trainer, range(100)):
+        now[0] += 0.001
+    if hook is not None:
+        for _ in range(5):
+            preemption.leave_if_told(trainer)
+        getattr(preemption, hook)(trainer, None)
+    for _ in range(2):
+        calls = len(talks.calls)
+        preemption.leave_if_told(trainer)
+        assert len(talks.calls) == calls + 1
 
 
 def test_an_evaluation_that_was_left_is_done_at_the_next_start(tmp_path, monkeypatch):
