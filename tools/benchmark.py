@@ -103,9 +103,9 @@ def data_table(rows: list[DataRow], facts: dict[str, object]) -> Table:
 def steps_table(rows: list[StepRow], facts: dict[str, object]) -> Table:
     """The rows of `steps` for people."""
     shown = Table(title=f"steps of {facts['step_ms']:g} ms, medians of {facts['rounds']} rounds")
-    shown.add_column("callbacks", no_wrap=True)
+    shown.add_column("callbacks")
     for column in ("processes", "step, ms", "added, us", "+-", "of the step"):
-        shown.add_column(column, justify="right")
+        shown.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         cells = f"{row.processes}", f"{1e3 * row.step:.3f}", f"{1e6 * row.added:.1f}", f"{1e6 * row.error:.1f}"
         shown.add_row(row.name, *cells, f"{row.share:.2%}", end_section=row.name == rows[-1].name)
