@@ -5,6 +5,7 @@ over ranks is its argument), so that metrics and callbacks hold no `if distribut
 """
 
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -68,6 +69,17 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 def all_reduce_mean(value: Tensor) -> Tensor:
     """The mean of `value` over all ranks, for a floating-point tensor; a new tensor, equal on every rank."""
     return all_reduce_sum(value) / world_size()
+
+
+def mean_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The means over all ranks of scalars with the same names on each, in one reduction.
+
+    On a GPU no process waits for its device, as each would in every step by Lightning's `sync_dist` and its barrier.
+    """
+    if not _group_exists():
+        return {name: value.detach() for name, value in figures.items()}
+    means = all_reduce_mean(torch.stack([value.float() for value in figures.values()]))
+    return dict(zip(figures, means.unbind(), strict=True))
 
 
 def all_gather_cat(value: Tensor) -> Tensor:

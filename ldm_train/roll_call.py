@@ -6,7 +6,8 @@ they work while ranks are stuck in one, cost a step nothing, and can name a rank
     compare     before the first step: every rank writes its facts, rank 0 compares them and writes the verdict, which
                 every rank reads: all raise the same error, or none does
     Pulse       from then on: a thread on each rank writes every two seconds that the process lives, and where its
-                training is. Rank 0 reads all of it, and rank 1 hears when rank 0 is gone
+                training is. Rank 0 reads all of it, and rank 1 hears when rank 0 is gone; where ranks wait for each
+                other in different places, one rank of each place prints the stacks of its threads
 
 A silent rank is only spoken of: what ends the others is the time-out of the process group, its lost connections, or the
 launcher.
@@ -177,18 +178,26 @@ class Pulse:
         world_size: how many there are.
         place: says where the training of this rank is, for people; asked at each sign of life, by another thread.
         every: seconds between two signs of life; after four without one a rank is called silent.
-        stall: seconds without progress on rank 0 after which it says the places of all; below the time-out of the
-            process group, which may end the process without a word.
+        stall: seconds without progress after which ranks in different places say where they are; below the time-out
+            of the process group, which may end the process without a word.
+        say_stacks: prints where the threads of this rank are.
 
     Attributes:
         silent: ranks that did not answer when `report` was called.
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, place: Callable[[], str], every: float, stall: float
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        place: Callable[[], str],
+        every: float,
+        stall: float,
+        say_stacks: Callable[[], None],
     ) -> None:
         self._store, self._rank, self._world_size, self._every, self._stall = store, rank, world_size, every, stall
-        self._place = place
+        self._place, self._say_stacks = place, say_stacks
         self.silent: list[int] = []
         self._count = 0
         self._stopped = threading.Event()
@@ -235,7 +244,7 @@ class Pulse:
         if not speaking or self._rank != speaking[0]:
             return None
         missing = f"{named(silent)} {'does' if len(silent) == 1 else 'do'} not answer; {_GONE}\n" if silent else ""
-        return missing + "The ranks were last heard of so:\n" + self._places(after, silent)
+        return missing + "The ranks were last heard of so:\n" + _listing(_holders(after, silent))
 
     def _run(self) -> None:
         moved, place, is_stalled, lost = time.monotonic(), self._place(), False, 0
@@ -246,9 +255,9 @@ class Pulse:
                 self._beat()
                 if self._rank == 0:
                     self._listen()
-                    if time.monotonic() - moved > self._stall and not is_stalled:
-                        is_stalled = True
-                        self._say_places(time.monotonic() - moved)
+                if time.monotonic() - moved > self._stall and not is_stalled:
+                    is_stalled = True
+                    self._say_places(time.monotonic() - moved)
                 lost = 0
             except RuntimeError:
                 lost += 1
@@ -291,19 +300,20 @@ class Pulse:
                 _log.error("%s does not answer, last heard of at %s; %s", named([rank]), _place_of(word), _GONE)
 
     def _say_places(self, seconds: float) -> None:
-        words = self._words()
-        if len({_place_of(word) for word in words}) > 1:
+        """If the ranks are in different places: rank 0 lists them, and the first rank of each says where exactly."""
+        holders = _holders(self._words())
+        if len(holders) == 1:
+            return
+        if self._rank == 0:
             _log.warning(
                 "nothing has moved for %.0f s, and the ranks are in different places; they wait for each other for "
                 "`trainer.strategy.timeout.seconds`:\n%s",
-                *(seconds, self._places(words, [])),
+                *(seconds, _listing(holders)),
             )
-
-    def _places(self, words: list[str], silent: list[int]) -> str:
-        holders = defaultdict(list)
-        for rank, word in enumerate(words):
-            holders[_place_of(word) + (", silent since" if rank in silent else "")].append(rank)
-        return "\n".join(f"  - {named(ranks)}: {place}" for place, ranks in holders.items())
+        first = [ranks[0] for ranks in holders.values()]
+        if self._rank in first:
+            self._stopped.wait(first.index(self._rank) * self._every)  # each after the other: they share a file
+            self._say_stacks()
 
 
 _GONE = (
@@ -316,6 +326,18 @@ def told_silence(error: BaseException) -> str | None:
     """What a report that was noted on an error says of ranks that did not answer; None if it says nothing of any."""
     lines = [line for note in getattr(error, "__notes__", []) for line in note.splitlines()]
     return next((line for line in lines if line.endswith(_GONE)), None)
+
+
+def _holders(words: Sequence[str], silent: Sequence[int] = ()) -> dict[str, list[int]]:
+    """The ranks at each place."""
+    holders = defaultdict(list)
+    for rank, word in enumerate(words):
+        holders[_place_of(word) + (", silent since" if rank in silent else "")].append(rank)
+    return holders
+
+
+def _listing(holders: Mapping[str, Sequence[int]]) -> str:
+    return "\n".join(f"  - {named(ranks)}: {place}" for place, ranks in holders.items())
 
 
 def _place_of(word: str) -> str:

@@ -24,7 +24,7 @@ for each in "" .ended .lost .once .counted; do rm -f "$LDM_START_FILE$each"; don
 
 # What a task runs: `bash -c "$LDM_TASK" task command ...`. Signals that come while Python is still loading are ignored:
 # they would end it.
-export LDM_TASK='trap "" USR1 USR2 TERM; "$@"; status=$?
+export LDM_TASK='trap "" USR1 USR2 TERM QUIT; "$@"; status=$?
 [ $status = 0 ] || echo "$status ${SLURM_PROCID:-0}" >>"$LDM_START_FILE.ended"; exit $status'
 
 # Not cancelled, and not in the queue already. At its time limit a job is COMPLETING, as a cancelled one is, but for the

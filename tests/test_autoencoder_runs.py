@@ -35,7 +35,7 @@ def run(root, run_id, *overrides):
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_what_one_trains_on_the_joined_batch(kind, forked_runs, tmp_path):
-    """Weights after 5 steps, with all that looks at a batch as a whole: batch norm, adaptive weight, codebook."""
+    """Weights and figures after 5 steps, with what looks at a whole batch: batch norm, adaptive weight, codebook."""
     # Emoji have many equal latents: codes drawn from them coincide, and rounding decides which of them is the nearest.
     uniform = ["autoencoder.regularizer.initialisation=uniform", "autoencoder.regularizer.restart_after=null"]
     # Adam divides by the size of a gradient; its epsilon keeps those that are nothing but rounding from growing.
@@ -43,7 +43,11 @@ def test_two_processes_train_what_one_trains_on_the_joined_batch(kind, forked_ru
               "optimizer.lr=1e-4", "+optimizer.eps=1e-6", "callbacks.throughput=null"]  # fmt: skip
     one = run(tmp_path, "one", *shared, "data.batch_size=8")["state_dict"]
     ddp = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=4", "run_id=two"]
+    ddp.append("+callbacks.waiting._target_=tests.waiting.NoBarrier")
     forked_runs.finish(*TINY, *shared, *ddp, root=tmp_path, ranks=2)
+    figures = [metrics(tmp_path / STAGE / run_id) for run_id in ("one", "two")]
+    for key in ("train/loss", "train/loss_pixel", "train/loss_generator"):
+        assert figures[0][key] == pytest.approx(figures[1][key], rel=1e-5), key
     two = last(tmp_path, STAGE, "two")["state_dict"]
     assert one.keys() == two.keys()
     worst = {name: float((one[name].double() - two[name].double()).abs().max()) for name in one}

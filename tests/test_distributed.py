@@ -3,6 +3,7 @@
 from itertools import pairwise
 from types import SimpleNamespace
 
+import torch
 import torch.distributed as dist
 
 from ldm_train import distributed
@@ -67,6 +68,20 @@ def _a_word_is_heard_by_all_at_one_call(rank, path):
 
 def test_a_word_is_heard_by_all_at_one_call(tmp_path):
     run_ranks(_a_word_is_heard_by_all_at_one_call, tmp_path / "store")
+
+
+def _figures_are_those_of_the_joined_batch(rank, path):
+    errors = torch.tensor([[1.0, 3.0], [5.0, 9.0]])
+    figures = {"loss": errors[rank].mean().requires_grad_(), "steps": torch.tensor(2), "norm": torch.tensor(0.1).half()}
+    assert not any(value.requires_grad for value in distributed.mean_figures(figures).values())  # alone: as they are
+    _joined(rank, path)
+    found = {name: float(value) for name, value in distributed.mean_figures(figures).items()}
+    assert found == {"loss": float(errors.mean()), "steps": 2.0, "norm": float(figures["norm"])}
+    dist.destroy_process_group()
+
+
+def test_figures_are_those_of_the_joined_batch(tmp_path):
+    run_ranks(_figures_are_those_of_the_joined_batch, tmp_path / "store")
 
 
 def test_one_process_talks_at_each_call():

@@ -204,7 +204,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_steps_and_every_metric_in_i
 def test_two_processes_end_with_the_weights_of_one_with_the_same_global_batch(tiny_runs, tmp_path):
     shared = [*TINY_DEMO, first_stage(tiny_runs), "logger=csv", "trainer.max_steps=5", "trainer.val_check_interval=5"]
     train(composed(*shared, "data.batch_size=8", "run_id=one", root=tmp_path))
-    ddp = ["trainer=ddp", "trainer.devices=2", "data.batch_size=4", "run_id=two", "callbacks.throughput=null"]
+    ddp = ["trainer=ddp", "trainer.devices=2", "data.batch_size=4", "run_id=two", "callbacks.throughput=null",
+           "+callbacks.waiting._target_=tests.waiting.NoBarrier"]  # fmt: skip
     run = subprocess.run(  # as a shell starts it; Lightning starts the second process
         [sys.executable, "-m", "ldm_train", *shared, *ddp, f"paths.root={tmp_path}"],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,

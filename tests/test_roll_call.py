@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch.distributed as dist
@@ -78,10 +79,18 @@ def test_names_of_ranks_are_short():
 
 
 @pytest.fixture
-def pulses():
+def stacks():
+    """The ranks that have printed their stacks, in this order."""
+    return []
+
+
+@pytest.fixture
+def pulses(stacks):
     """Three ranks' pulses around one store; those that live are stopped in the end."""
     store = dist.HashStore()
-    found = [Pulse(store, rank, 3, lambda: "the start", EVERY, stall=4 * EVERY) for rank in range(3)]
+    found = [
+        Pulse(store, rank, 3, lambda: "the start", EVERY, 4 * EVERY, partial(stacks.append, rank)) for rank in range(3)
+    ]
     yield found
     for pulse in found:
         pulse.stop("the test")
@@ -158,26 +167,31 @@ def test_after_an_error_the_first_rank_that_lives_reports(pulses, clock):
     assert pulses[2].report() is None
 
 
-def test_ranks_that_wait_in_different_places_are_listed_before_the_time_out(pulses, caplog):
+def test_ranks_that_wait_in_different_places_are_listed_before_the_time_out(pulses, stacks, caplog):
     caplog.set_level(logging.WARNING)
     for pulse, batch in zip(pulses, (5, 4, 5), strict=True):
         pulse._place = f"batch {batch}".__str__
         pulse.start()
     assert said(caplog, "  - ranks 0, 2: batch 5\n  - rank 1: batch 4")
+    deadline = time.monotonic() + 5
+    while len(stacks) < 2 and time.monotonic() < deadline:
+        time.sleep(EVERY)
+    time.sleep(8 * EVERY)
+    assert stacks == [0, 1]  # one of each place, and once
 
 
-def test_ranks_that_wait_together_are_left_alone(pulses, clock, caplog):
+def test_ranks_that_wait_together_are_left_alone(pulses, stacks, clock, caplog):
     for pulse in pulses:
         pulse._place = lambda: "the closing work"
     clock.sleep(10 * EVERY)
     pulses[0]._say_places(10 * EVERY)
-    assert caplog.text == ""
+    assert (caplog.text, stacks) == ("", [])
 
 
 def freezes_as_rank_0(rank, port, folder):
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=5))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=5))
-    pulse = Pulse(rank_store("pulses"), rank, 2, lambda: "here", every=0.5, stall=60)
+    pulse = Pulse(rank_store("pulses"), rank, 2, lambda: "here", every=0.5, stall=60, say_stacks=lambda: None)
     pulse.start()
     dist.barrier()
     (folder / f"pid_{rank}").write_text(str(os.getpid()))
@@ -209,21 +223,23 @@ def freezes_before_the_first_step(rank, port, folder):
 def test_a_rank_0_that_is_frozen_keeps_no_other_rank(tmp_path, freezes, report):
     """Its connections stay open, so that whoever asks it something is never answered."""
 
-    def run():
-        with pytest.raises(ProcessExitedException, match="SIGKILL"):
-            run_ranks(freezes, free_port(), tmp_path)
-
-    ranks = threading.Thread(target=run)
+    ranks = threading.Thread(target=run_until_killed, args=(freezes, free_port(), tmp_path))
     ranks.start()
     frozen, other = (number_in(tmp_path / f"pid_{rank}") for rank in range(2))
-    deadline = time.monotonic() + 30
-    while is_there(other) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    left = not is_there(other)
-    os.kill(frozen, signal.SIGKILL)
-    ranks.join()
-    assert left
+    try:
+        deadline = time.monotonic() + 30
+        while is_there(other) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not is_there(other)
+    finally:
+        os.kill(frozen, signal.SIGKILL)
+        ranks.join()
     assert (tmp_path / "report").read_text().startswith(report)
+
+
+def run_until_killed(freezes, port, folder):
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run_ranks(freezes, port, folder)
 
 
 def free_port():
@@ -233,7 +249,7 @@ def free_port():
 
 
 def number_in(path):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     return int(path.read_text())

@@ -2,12 +2,15 @@
 
 A rank with another config, other data or other code computes something else, and the sum of its gradients with those of
 the others is nothing that anyone wanted; with another number of batches it waits for ever. So nothing starts before all
-ranks have shown the same (`ldm_train.roll_call`). With one process this does nothing.
+ranks have shown the same (`ldm_train.roll_call`). With one process there is nothing to compare.
+
+A run of any number says where it stands at SIGQUIT (`ldm_train.stacks`).
 """
 
 import hashlib
 import logging
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from ldm_train.callbacks.provenance import versions
 from ldm_train.callbacks.requeue import tell_of_lost
 from ldm_train.distributed import patience, rank_store
 from ldm_train.roll_call import Pulse, RanksDifferError, compare
+from ldm_train.stacks import answer_with_stacks, end_at_once, say_stacks
 
 _log = logging.getLogger(__name__)
 
@@ -45,13 +49,15 @@ class RankWatch(L.Callback):
         """Compares what is known before the model is shared out."""
         self._calls += 1
         self._store = rank_store(f"ldm_train/{self._calls}")
+        answer_with_stacks()
         if self._store is None:
             return
         stall = 0.8 * patience(self._store).total_seconds()
         ranks = trainer.global_rank, trainer.world_size
         own = rank_store(f"ldm_train/{self._calls}")
         assert own is not None
-        self._pulse = Pulse(own, *ranks, lambda: self._place(trainer), self.every, stall)
+        stacks = partial(say_stacks, f"rank {trainer.global_rank}")
+        self._pulse = Pulse(own, *ranks, lambda: self._place(trainer), self.every, stall, stacks)
         compare(self._store, "the ranks are not the same", _facts(trainer, self.config), *ranks)
         self._pulse.start()
 
@@ -93,6 +99,7 @@ class RankWatch(L.Callback):
         """Says goodbye."""
         if self._pulse is not None:
             self._pulse.stop("its work")
+        end_at_once()
 
     def _place(self, trainer: L.Trainer) -> str:
         """Where this rank is, by the counts that Lightning's loops keep anyway: no step has to say it."""
@@ -102,11 +109,16 @@ class RankWatch(L.Callback):
         if trainer.sanity_checking or trainer.validating:
             ready = trainer._evaluation_loop.batch_progress.current.ready
             return f"validation batch {ready - 1}" if ready else "the start of a validation"
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current  # its annotation lacks two counts
         if not batches.ready:
             return f"the start of epoch {trainer.current_epoch}" if trainer.current_epoch else "the start"
-        between = "" if batches.ready > batches.completed else "after "
-        return f"{between}batch {batches.ready - 1} of epoch {trainer.current_epoch}"
+        if batches.ready == batches.completed:
+            part = "after "  # most of it is the wait for the next one
+        elif batches.ready > batches.started:
+            part = "the beginning of "
+        else:
+            part = "" if batches.ready > batches.processed else "the end of "
+        return f"{part}batch {batches.ready - 1} of epoch {trainer.current_epoch}"
 
 
 def _batches_begun(trainer: L.Trainer) -> int:

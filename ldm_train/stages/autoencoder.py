@@ -22,7 +22,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 
 from ldm_train.batch import ImageTextBatch, LatentFacts
 from ldm_train.checkpoint import check_digest, digest, drop_prefixes, strict_load
-from ldm_train.distributed import world_size
+from ldm_train.distributed import mean_figures, world_size
 from ldm_train.metrics import CodebookUsage, LatentStatistics
 from ldm_train.nn import Autoencoder, AutoencoderLoss, Clock, PatchDiscriminator
 from ldm_train.randomness import Stream, normal
@@ -94,8 +94,9 @@ class AutoencoderStage(L.LightningModule):
         image = batch["image"]  # (B, 3, H, W)
         reconstruction, regularized = self.autoencoder(image, self._posterior_noise(batch))
         terms = self.loss(image, reconstruction, regularized, self.autoencoder.last_weight, self._advanced_clock(image))
-        logged = {"loss": terms.total.detach(), "latent_std": regularized.z.detach().float().std()}
-        self.log_dict({f"train/{name}": value for name, value in (logged | terms.log | regularized.log).items()})
+        logged = {"loss": terms.total, "latent_std": regularized.z.detach().float().std()}
+        logged |= terms.log | regularized.log
+        self.log_dict({f"train/{name}": value for name, value in mean_figures(logged).items()})
         return terms.total
 
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:

@@ -29,7 +29,7 @@ from ldm_train.diffusion import (
     SamplerState,
     add_noise,
 )
-from ldm_train.distributed import global_rank, world_size
+from ldm_train.distributed import global_rank, mean_figures, world_size
 from ldm_train.nn import FirstStage, Pixels
 from ldm_train.randomness import SampleKeys, Stream, normal, random_words
 from ldm_train.stages.moments import Moments
@@ -130,7 +130,7 @@ class LatentDiffusion(L.LightningModule):
         if self._has_dropout:
             self._seed_dropout(batch["epoch"], batch_idx)
         loss = self._loss(batch, self.conditioner.draw_drop(self.seed, batch["epoch"], batch["sample_id"]))
-        self.log("train/loss", loss["loss"].detach(), sync_dist=True)  # of all processes: what one would log
+        self.log_dict(mean_figures({"train/loss": loss["loss"]}))
         return loss
 
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> dict[str, Tensor]:

@@ -54,8 +54,8 @@ def test_the_place_is_told_without_a_word_of_any_step(tmp_path):
         def _look(self, trainer, *_, **__):
             told.append(watch._place(trainer))
 
-        on_fit_start = on_train_batch_start = on_validation_start = on_validation_batch_start = _look
-        on_validation_end = on_train_end = _look
+        on_fit_start = on_train_batch_start = on_train_batch_end = on_train_end = _look
+        on_validation_start = on_validation_batch_start = on_validation_end = _look
 
         def on_before_zero_grad(self, trainer, *_):
             self._look(trainer)
@@ -72,7 +72,8 @@ def test_the_place_is_told_without_a_word_of_any_step(tmp_path):
                          limit_val_batches=2, check_val_every_n_epoch=2)  # fmt: skip
     trainer.fit(ToyStage(), Waiting())
     assert {"the start", "after batch 0 of epoch 0", "the start of epoch 1", "after batch 0 of epoch 1"} <= {*waiting}
-    steps = [f"batch {b} of epoch {e}" for e in range(2) for b in (0, 0, 1, 1)]
+    parts = ("the beginning of ", "", "the end of ")
+    steps = [f"{part}batch {b} of epoch {e}" for e in range(2) for b in range(2) for part in parts]
     validation = ["the start of a validation", "validation batch 0", "validation batch 1"]
     last = ["after the validation at step 4", "the closing work after step 4"]
     assert told == ["the start", *steps, *validation, *last]

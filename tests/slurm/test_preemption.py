@@ -30,7 +30,8 @@ RUN = [
     "callbacks.samples.batch_size=2", "callbacks.samples.every_n_steps=8",
 ]  # fmt: skip
 TWO_NODES = ["data.batch_size=2", "data.val_batch_size=1", "data.num_workers=1", "trainer.accelerator=cpu",
-             "+callbacks.pace._target_=tests.slurm.pace.Pace", "+callbacks.pace.seconds=0.15"]  # fmt: skip
+             "+callbacks.pace._target_=tests.slurm.pace.Pace", "+callbacks.pace.seconds=0.15",
+             "trainer.strategy.timeout.seconds=150"]  # fmt: skip
 PLACES = {"training": f"step 2/{STEPS}", "validation": "rank 0 validates step 5", "generation": f"step 8/{STEPS}"}
 HOWS = ("USR1", "urgent", "TERM")
 
@@ -119,7 +120,8 @@ def _one_run(jobs, unbroken, run_id, ways):
         jobs.wait_for_restart(job, restarts)
         print(f"{run_id}: {how} in {place}, requeued after {time.monotonic() - began:.1f} s", flush=True)
     facts = jobs.finish(job, run_id)
-    assert int(facts["Restarts"]) == len(ways)
+    said = jobs.output(run_id).read_text()
+    assert int(facts["Restarts"]) == len(ways), said[said.find("nothing has moved") :][:20000]
     _assert_same_end(unbroken, run_id)
     assert last(unbroken, run_id=run_id)["provenance"]["restarts"] == len(ways)
 

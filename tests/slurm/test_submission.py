@@ -162,9 +162,13 @@ def test_a_job_that_waits_in_vain_for_a_rank_that_lives_has_another_start(comman
     output = tmp_path / "output"
     words = ["run_id=hangs", "trainer.strategy.timeout.seconds=12"]
     job = by_sbatch(commands, output, *trouble("Hangs", tmp_path / "marker"), *words)
+    commands.cluster._await((tmp_path / "marker").exists, 100, "it hangs", job)
+    commands.cluster.run("scancel", "--signal=QUIT", job)
+    commands.cluster.wait_for_text(job, output, "in happen", timeout=5)  # it shows where it is, and goes on
     commands.cluster._await(lambda: commands.cluster.facts(job)["Restarts"] == "1", 200, "the job is requeued", job)
     commands.cluster.run("scancel", job)
     said = output.read_text()
+    assert said.index("nothing has moved for") < said.index("rank 1, process ") < said.rindex("in happen")
     assert "Timed out waiting" in said
     assert "rank 1 does not answer" not in said
     assert "its processes have lost each other (a start from step 0); the job goes into the queue again" in said
