@@ -34,8 +34,9 @@ by batch.
 `steps` times what the callbacks that every run has add to a step that does nothing but take `--step-ms`: throughput,
 guard and progress; then with these what a cluster needs, the ranks' agreement on signals, their watch and the
 checkpoints' clock; Lightning's own checkpoints for comparison. They take turns, in one process and in `--processes` on
-gloo. "added" is what a step takes more than without, and its standard error. Figures are medians over rounds; in a
-round each has 50 steps in a row.
+gloo, of which the first is timed. "added" is what a step takes more than without, and its standard error: of the
+processor, all threads together, and with several processes also by the clock on the wall, which counts their waits for
+each other. Figures are medians over rounds; in a round each has 50 steps in a row.
 """
 
 import argparse
@@ -104,11 +105,13 @@ def steps_table(rows: list[StepRow], facts: dict[str, object]) -> Table:
     """The rows of `steps` for people."""
     shown = Table(title=f"steps of {facts['step_ms']:g} ms, medians of {facts['rounds']} rounds")
     shown.add_column("callbacks")
-    for column in ("processes", "step, ms", "added, us", "+-", "of the step"):
+    for column in ("processes", "time of", "step, ms", "added, us", "+-", "of the step"):
         shown.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        cells = f"{row.processes}", f"{1e3 * row.step:.3f}", f"{1e6 * row.added:.1f}", f"{1e6 * row.error:.1f}"
-        shown.add_row(row.name, *cells, f"{row.share:.2%}", end_section=row.name == rows[-1].name)
+        cells = f"{1e3 * row.step:.3f}", f"{1e6 * row.added:.1f}", f"{1e6 * row.error:.1f}"
+        shown.add_row(
+            row.name, str(row.processes), row.clock, *cells, f"{row.share:.2%}", end_section=row.name == rows[-1].name
+        )
     return shown
 
 

@@ -1,9 +1,11 @@
 """What this package's callbacks add to a training step, on steps that do nothing else: see `benchmark.py`.
 
 A step is `step_ms` of spinning and a parameter. In one run the trainer's callbacks change every 50 steps, which are
-timed as a whole, so that what happens once in many steps has its share, and what slows the machine down slows all. With
-one process the clock is its own, and the turns of other programs do not count; with several it is the wall's, for they
-wait for each other.
+timed as a whole, so that what happens once in many steps has its share, and what slows the machine down slows all.
+
+There are two clocks. The processor's counts what all threads of one process compute, and not the turns of other
+programs; with one process nothing else matters. Several processes also wait for each other, which the clock on the wall
+counts, and with it everything else that goes on.
 """
 
 import argparse
@@ -43,6 +45,8 @@ NEVER = 10**9  # steps
 FIGURES, CLUSTER, LIGHTNING = "throughput, guard, progress", "preemption, ranks, checkpoints", "ModelCheckpoint"
 # Row -> what it is compared with.
 BASES = {f"Lightning's {LIGHTNING}": "none", FIGURES: "none", f"and {CLUSTER}": FIGURES}
+CLOCKS: dict[str, Callable[[], float]] = {"processor": time.process_time, "wall": time.perf_counter}
+Found = dict[str, dict[str, list[float]]]  # clock -> name -> seconds of a step in each turn
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class StepRow:
         name: which callbacks.
         base: which ones they are compared with.
         processes: how many.
+        clock: `processor` or `wall`.
         step: seconds of a step, the median over blocks.
         added: seconds more than with those of `base`, the median over rounds.
         error: standard error of `added`, by the spread over rounds; 0 for a single round.
@@ -62,6 +67,7 @@ class StepRow:
     name: str
     base: str
     processes: int
+    clock: str
     step: float
     added: float
     error: float
@@ -75,23 +81,20 @@ class Turns(L.LightningModule):
         variants: name -> callbacks.
         rounds: how often each has its turn; another one begins each time.
         seconds: of a step.
-        clock: what they are measured by.
 
     Attributes:
-        found: name -> seconds of a step in each of its blocks.
+        found: clock -> name -> seconds of a step in each of its blocks.
     """
 
-    def __init__(
-        self, variants: dict[str, list[L.Callback]], rounds: int, seconds: float, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, variants: dict[str, list[L.Callback]], rounds: int, seconds: float) -> None:
         super().__init__()
-        self.variants, self.seconds, self.clock = variants, seconds, clock
+        self.variants, self.seconds = variants, seconds
         names = list(variants)
         turns = [names[number % len(names) :] + names[: number % len(names)] for number in range(rounds)]
         self.order = [*names, *(name for turn in turns for name in turn)]  # each once to warm up
-        self.found: dict[str, list[float]] = {name: [] for name in names}
+        self.found: Found = {clock: {name: [] for name in names} for clock in CLOCKS}
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self._began = 0.0
+        self._began = dict.fromkeys(CLOCKS, 0.0)
 
     @property
     def num_steps(self) -> int:
@@ -102,15 +105,16 @@ class Turns(L.LightningModule):
         """Spin."""
         if batch_idx % BLOCK == 0:
             self._next_block(batch_idx // BLOCK)
-        began = self.clock()
-        while self.clock() - began < self.seconds:
+        began = time.thread_time()
+        while time.thread_time() - began < self.seconds:
             pass
         return self.weight.sum()
 
     def _next_block(self, number: int) -> None:
-        now = self.clock()
+        now = {name: clock() for name, clock in CLOCKS.items()}
         if number > len(self.variants):
-            self.found[self.order[number - 1]].append((now - self._began) / BLOCK)
+            for clock, found in self.found.items():
+                found[self.order[number - 1]].append((now[clock] - self._began[clock]) / BLOCK)
         if number == 0:
             self.timed = self.trainer.profiler  # type: ignore[attr-defined]
         if number < len(self.order):
@@ -118,7 +122,7 @@ class Turns(L.LightningModule):
             self.trainer.callbacks = callbacks  # type: ignore[attr-defined]
             is_timed = any(isinstance(callback, ThroughputMonitor) for callback in callbacks)
             self.trainer.profiler = self.timed if is_timed else self.timed.inner  # type: ignore[attr-defined]
-        self._began = self.clock()
+        self._began = {name: clock() for name, clock in CLOCKS.items()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Plain descent."""
@@ -143,12 +147,11 @@ def variants(folder: str) -> dict[str, list[L.Callback]]:
     return dict(zip(("none", *BASES), ([], [own], figures, [*figures, *cluster]), strict=True))
 
 
-def rounds(arguments: argparse.Namespace, processes: int) -> dict[str, list[float]]:
-    """Name -> seconds of a step in each of its turns."""
-    clock = time.process_time if processes == 1 else time.perf_counter
+def rounds(arguments: argparse.Namespace, processes: int) -> Found:
+    """Seconds of a step in each turn."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         each = variants(folder)
-        module = Turns(each, arguments.rounds, arguments.step_ms / 1000, clock)
+        module = Turns(each, arguments.rounds, arguments.step_ms / 1000)
         trainer = L.Trainer(
             callbacks=[*each[f"Lightning's {LIGHTNING}"], *each[f"and {CLUSTER}"]], max_steps=module.num_steps,
             max_epochs=-1, accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto",
@@ -158,13 +161,15 @@ def rounds(arguments: argparse.Namespace, processes: int) -> dict[str, list[floa
     return module.found
 
 
-def rows_of(found: dict[str, list[float]], processes: int) -> list[StepRow]:
-    """The rows, of the rounds' times."""
+def rows_of(found: Found, processes: int) -> list[StepRow]:
+    """The rows, of the rounds' times; of one process by its own clock alone."""
     rows = []
-    for name, base in BASES.items():
-        more = [one - other for one, other in zip(found[name], found[base], strict=True)]
-        added, error = median(more), _error(more)
-        rows.append(StepRow(name, base, processes, median(found[name]), added, error, added / median(found[base])))
+    for clock, seconds in found.items():
+        for name, base in BASES.items() if processes > 1 or clock == "processor" else ():
+            more = [one - other for one, other in zip(seconds[name], seconds[base], strict=True)]
+            added, step = median(more), median(seconds[name])
+            share = added / median(seconds[base])
+            rows.append(StepRow(name, base, processes, clock, step, added, _error(more), share))
     return rows
 
 
