@@ -1,6 +1,7 @@
 """The contract all conditioners keep."""
 
 import inspect
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -19,6 +20,7 @@ from ldm_train.conditioning import (
     TransformerTextConditioner,
 )
 
+from ..meta import on_meta, without_autocast
 from .toy import CAPTIONS, NUM_CLASSES, batch, clip, first_stage
 
 
@@ -115,6 +117,16 @@ def test_examples_do_not_mix(conditioner, stage):
     for i, caption in enumerate(CAPTIONS):
         for a, b in zip(whole, entries(conditioner(batch([caption]), stage)), strict=True):
             torch.testing.assert_close(a[i : i + 1], b, rtol=1e-4, atol=1e-5)
+
+
+def test_nobody_waits_for_the_device(conditioner, stage, monkeypatch):
+    """Who asks the device that stands for a GPU here for a value, as `.item()` does, is refused."""
+    without_autocast(monkeypatch)
+    drop = conditioner.draw_drop(0, 0, batch()["sample_id"])
+    found = conditioner(batch(), stage, drop)
+    far = deepcopy(conditioner).to("meta")(on_meta(batch()), deepcopy(stage).to("meta"), drop.to("meta"))
+    for here, there in zip(entries(found), entries(far), strict=True):
+        assert (there.device.type, there.shape) == ("meta", here.shape)
 
 
 def test_the_drop_rate_is_met_per_example(conditioner):
