@@ -1,6 +1,7 @@
 """`hydra=slurm` asks for what the trainer's config says, and says so where that is not enough."""
 
 import os
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from hydra_plugins import ldm_train_slurm
 from ldm_train.multirun import SweepResults
-from ldm_train.submission import Queue, gpus_per_node, tasks_per_node
+from ldm_train.submission import SWEPT_KEYS, Queue, gpus_per_node, tasks_per_node
 from tests.conftest import composed
 
 pytest.importorskip("submitit", reason='pip install "ldm-train[slurm]"')
@@ -164,3 +165,15 @@ def test_a_job_that_dies_has_its_row_while_one_before_it_goes_on(monkeypatch):
     launcher = ldm_train_slurm.SlurmLauncher.__new__(ldm_train_slurm.SlurmLauncher)
     assert launcher.launch([["seed=0"], ["seed=1"]], 4) == ["its figure", "a failure"]
     assert told == [(["seed=1"], 5, "7_1", "job 7_1 ended without a result as FAILED; see 7_1.out")]
+
+
+def test_a_job_knows_what_its_sweep_varies_though_the_site_keeps_the_environment_from_it(monkeypatch):
+    """Pickled on the login node, called on another one; the names of runs are made of it."""
+    monkeypatch.setenv(SWEPT_KEYS, "of this process")  # and its end gives back what is set
+    (launcher_of_hydra,) = ldm_train_slurm.SlurmLauncher.__bases__
+    monkeypatch.setattr(
+        launcher_of_hydra, "__call__", lambda self, *arguments: (os.environ[SWEPT_KEYS], arguments), raising=False
+    )
+    job = ldm_train_slurm.SlurmLauncher()
+    job._swept = "optimizer.lr"
+    assert pickle.loads(pickle.dumps(job))(["seed=1"], 3) == ("optimizer.lr", (["seed=1"], 3))

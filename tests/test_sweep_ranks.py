@@ -12,11 +12,11 @@ from .test_sweeps import returned, started, table_rows
 __all__ = ["started"]
 
 
-def fails_in_slurm(started, rank, error, restarts=0):
-    """The status of a rank of a job of two processes that raises in SLURM, and its rows afterwards."""
+def fails_in_slurm(started, rank, error, restarts=0, tasks=2):
+    """The status of a rank of a job of so many processes that raises in SLURM."""
     (_, job, _), results = started
     if not (child := os.fork()):
-        environment = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank)}
+        environment = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_PROCID": str(rank)}
         os.environ.update(environment | {"SLURM_RESTART_COUNT": str(restarts)})
         rank_zero_only.rank = rank
         job(results, 0, returned(error))
@@ -51,3 +51,11 @@ def test_another_start_of_a_job_has_a_reason_of_its_own(started):
     assert fails_in_slurm((started, results), 0, ValueError("another"), restarts=1) == 1
     job(results, 0, returned(JobDiedError("job 7 ended without a result as FAILED")))
     assert table_rows(directory)[0]["reason"] == "ValueError: another"
+
+
+def test_a_job_of_one_process_in_slurm_ends_as_anywhere_else(started):
+    start, job, directory = started
+    results = start()
+    assert fails_in_slurm((started, results), 0, ValueError("a mistake"), tasks=1) == 0
+    row = table_rows(directory)[0]
+    assert (row["state"], row["reason"]) == ("failed", "ValueError: a mistake")

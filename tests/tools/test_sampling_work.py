@@ -80,6 +80,13 @@ class TestGoingOn:
         draw("out", "--per-prompt", 2)
         assert told.read_text() == f"{len(made) - 1}\n"
 
+    def test_images_made_anew_are_no_progress(self, draw, tmp_path, monkeypatch):
+        """Another start begins with the first again."""
+        draw("out", "--per-prompt", 2)
+        monkeypatch.setenv("LDM_START_FILE", str(tmp_path / "17"))
+        draw("out", "--per-prompt", 2, "--overwrite")
+        assert (tmp_path / "17").read_text() == "0\n"
+
     def test_what_is_there_is_kept_and_the_rest_is_made(self, draw, capsys):
         folder = draw("out")
         before = pixels(folder)
