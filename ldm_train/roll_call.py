@@ -6,8 +6,8 @@ they work while ranks are stuck in one, cost a step nothing, and can name a rank
     compare     before the first step: every rank writes its facts, rank 0 compares them and writes the verdict, which
                 every rank reads: all raise the same error, or none does
     Pulse       from then on: a thread on each rank writes every two seconds that the process lives, and where its
-                training is. Rank 0 reads all of it, and rank 1 hears when rank 0 is gone; where ranks wait for each
-                other in different places, one rank of each place prints the stacks of its threads
+                training is. Rank 0 reads all of it, and rank 1 hears when rank 0 is gone. If ranks stand still in
+                different places, one rank of each prints the stacks of its threads
 
 A silent rank is only spoken of: what ends the others is the time-out of the process group, its lost connections, or the
 launcher.
@@ -256,8 +256,8 @@ class Pulse:
                 if self._rank == 0:
                     self._listen()
                 if time.monotonic() - moved > self._stall and not is_stalled:
-                    is_stalled = True
                     self._say_places(time.monotonic() - moved)
+                    is_stalled = True
                 lost = 0
             except RuntimeError:
                 lost += 1
@@ -312,7 +312,13 @@ class Pulse:
             )
         first = [ranks[0] for ranks in holders.values()]
         if self._rank in first:
-            self._stopped.wait(first.index(self._rank) * self._every)  # each after the other: they share a file
+            # In a thread of their own: the error stream may be on the disk that does not answer.
+            turn = first.index(self._rank) * self._every
+            threading.Thread(target=self._say_stacks_at, args=(turn,), daemon=True, name="stacks").start()
+
+    def _say_stacks_at(self, turn: float) -> None:
+        """One rank after the other: they share a file."""
+        if not self._stopped.wait(turn):
             self._say_stacks()
 
 

@@ -34,6 +34,7 @@ from ldm_train.data.storage import explained
 from ldm_train.locking import LockHeldError, sole_writer
 from ldm_train.results import final_figure, recorded
 from ldm_train.secrets import secrets_in_clear
+from ldm_train.stacks import answering_with_stacks
 from ldm_train.stages import LatentDiffusion, make_class_images, refuse_if_cut
 
 _log = logging.getLogger(__name__)
@@ -81,7 +82,12 @@ def train(cfg: DictConfig) -> float | None:
             refuse_figures_of_other_settings(read_checkpoint(checkpoint), config, checkpoint)
     run = build(cfg, callbacks=(RunRecord(config), RankWatch(config)))
     goes_on = checkpoint is not None and checkpoint.is_relative_to(run_dir.absolute())
-    with listening(run.trainer), _own_directory(run_dir, run.trainer), recorded(run_dir, run.trainer, goes_on):
+    with (
+        answering_with_stacks(),
+        listening(run.trainer),
+        _own_directory(run_dir, run.trainer),
+        recorded(run_dir, run.trainer, goes_on),
+    ):
         with _refusals():
             if cfg.task == "fit":
                 run.stage.configure_optimizers()  # a curve that does not fit is refused before images are made

@@ -1,6 +1,7 @@
-"""A device without values, `meta`, in place of a GPU that no process may wait for in a training step.
+"""A device without values, `meta`, in place of a GPU from which nothing may be read in a training step.
 
-Whatever would copy a value to the host, as `.item()`, `.tolist()`, `if tensor` and `.cpu()` do, is refused there.
+Whatever would copy a value to the host, as `.item()`, `.tolist()`, `if tensor` and `.cpu()` do, is refused there;
+what is copied to the device is not.
 """
 
 from contextlib import nullcontext

@@ -217,9 +217,19 @@ def test_the_environment_is_where_make_puts_it():
 @pytest.mark.parametrize("arguments", starting_with("sbatch") + starting_with("srun"), ids=" ".join)
 def test_slurm_has_the_options(arguments):
     end = next(number for number, argument in enumerate(arguments) if not argument.startswith("--"))
-    assert arguments[end] == "python" or (ROOT / arguments[end]).is_file()
+    assert arguments[end] in ("python", "pkill") or (ROOT / arguments[end]).is_file()
     allowed = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--kill-on-bad-exit", "--array"}
-    assert {argument.partition("=")[0] for argument in arguments[:end]} <= allowed
+    assert {argument.partition("=")[0] for argument in arguments[:end]} <= allowed | {"--jobid", "--overlap"}
+
+
+def test_a_job_that_does_not_move_is_asked_and_nothing_else():
+    """Of the job's processes, srun would end by the signal, and W&B's own, and whatever is not a training."""
+    pattern = next(words[-1] for words in starting_with("srun") if "pkill" in words)
+    training = ["python -m ldm_train trainer=slurm", "/a/b/.venv/bin/python3 -u -m ldm_train experiment=demo",
+                "/usr/bin/python3.12 -u -m submitit.core._submit /a/b/.submitit/1"]  # fmt: skip
+    other = ['srun --kill-on-bad-exit=1 bash -c trap "" QUIT; "$@" task python -m ldm_train', "/a/wandb-core --pid 7",
+             'bash -c trap "" QUIT; "$@" task python -m ldm_train trainer=slurm', "python tools/sample.py"]  # fmt: skip
+    assert [line for line in training + other if re.search(pattern, line)] == training
 
 
 def test_the_messages_of_the_page_for_clusters_are_said_somewhere():

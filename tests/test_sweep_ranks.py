@@ -54,7 +54,7 @@ def test_another_start_of_a_job_has_a_reason_of_its_own(started):
 
 
 def test_a_job_of_one_process_in_slurm_ends_as_anywhere_else(started):
-    start, job, directory = started
+    start, _, directory = started
     results = start()
     assert fails_in_slurm((started, results), 0, ValueError("a mistake"), tasks=1) == 0
     row = table_rows(directory)[0]

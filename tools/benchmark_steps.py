@@ -4,7 +4,7 @@ A step is `step_ms` of spinning and a parameter. In one run the trainer's callba
 timed as a whole, so that what happens once in many steps has its share, and what slows the machine down slows all.
 
 There are two clocks. The processor's counts what all threads of one process compute, and not the turns of other
-programs; with one process nothing else matters. Several processes also wait for each other, which the clock on the wall
+programs: enough for one process, which waits for nobody. Several wait for each other, which the clock on the wall
 counts, and with it everything else that goes on.
 """
 

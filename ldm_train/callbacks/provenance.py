@@ -24,7 +24,7 @@ class RunRecord(L.Callback):
         config: plain dictionaries, lists and values.
 
     Attributes:
-        restarts: how often the run was started before this start.
+        restarts: how many earlier starts its state descends from; one that was ended before it had saved is none.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ class RunRecord(L.Callback):
             }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """One start more than those that the checkpoint knows of."""
+        """The start that has saved it, and those that this one knows of."""
         self.restarts = checkpoint.get("provenance", {}).get("restarts", 0) + 1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -64,7 +64,7 @@ class RunRecord(L.Callback):
         """For the start-up table."""
         git = self._provenance.get("git")
         code = {} if git is None else {"code": git["commit"][:12] + (", changed" if git["is_changed"] else "")}
-        return code | ({"starts before this one": self.restarts} if self.restarts else {})
+        return code | ({"goes on from so many starts": self.restarts} if self.restarts else {})
 
 
 def git_state(directory: Path) -> dict[str, Any] | None:

@@ -2,9 +2,7 @@
 
 A rank with another config, other data or other code computes something else, and the sum of its gradients with those of
 the others is nothing that anyone wanted; with another number of batches it waits for ever. So nothing starts before all
-ranks have shown the same (`ldm_train.roll_call`). With one process there is nothing to compare.
-
-A run of any number says where it stands at SIGQUIT (`ldm_train.stacks`).
+ranks have shown the same (`ldm_train.roll_call`). With one process this does nothing.
 """
 
 import hashlib
@@ -20,7 +18,7 @@ from ldm_train.callbacks.provenance import versions
 from ldm_train.callbacks.requeue import tell_of_lost
 from ldm_train.distributed import patience, rank_store
 from ldm_train.roll_call import Pulse, RanksDifferError, compare
-from ldm_train.stacks import answer_with_stacks, end_at_once, say_stacks
+from ldm_train.stacks import say_stacks
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +47,6 @@ class RankWatch(L.Callback):
         """Compares what is known before the model is shared out."""
         self._calls += 1
         self._store = rank_store(f"ldm_train/{self._calls}")
-        answer_with_stacks()
         if self._store is None:
             return
         stall = 0.8 * patience(self._store).total_seconds()
@@ -99,7 +96,6 @@ class RankWatch(L.Callback):
         """Says goodbye."""
         if self._pulse is not None:
             self._pulse.stop("its work")
-        end_at_once()
 
     def _place(self, trainer: L.Trainer) -> str:
         """Where this rank is, by the counts that Lightning's loops keep anyway: no step has to say it."""

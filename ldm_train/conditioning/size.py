@@ -69,7 +69,8 @@ class SizeConditioner(Conditioner):
 
     def _numbers(self, batch: ImageTextBatch, size: Sequence[int]) -> Tensor:
         """(B, 6) int64: original height and width, top and left, height and width shown, which `size` gives."""
-        shown = torch.tensor(size, device=batch["sample_id"].device).expand(len(batch["sample_id"]), 2)
+        count, ids = len(batch["sample_id"]), batch["sample_id"]
+        shown = torch.stack([ids.new_full((count,), side) for side in size], 1)  # a tensor of numbers would be sent
         has_sizes = "original_size" in batch and "crop" in batch
         if self.training and not has_sizes:
             raise ValueError(

@@ -106,6 +106,8 @@ class TextConditioner(Conditioner, ABC):
         number = torch.tensor([row + [self.padding] * (self.context_length - len(row)) for row in rows])
         length = torch.tensor([len(row) for row in rows])
         is_own = torch.arange(self.context_length) < length[:, None]
+        if device.type == "cuda":  # else the host waits for its stream where a batch is large
+            number, is_own = number.pin_memory(), is_own.pin_memory()
         return Tokens(number.to(device, non_blocking=True), is_own.to(device, non_blocking=True))
 
     def token_count(self, caption: str) -> int:

@@ -43,6 +43,8 @@ class EncodedMoments:
 class RememberedMoments:
     """Encodes an image when its pixels are first met and remembers the result, on the host.
 
+    For small data sets: each step waits for its device twice, and its images travel to the host and back.
+
     Args:
         max_images: images to remember at most.
     """

@@ -119,7 +119,7 @@ def test_examples_do_not_mix(conditioner, stage):
             torch.testing.assert_close(a[i : i + 1], b, rtol=1e-4, atol=1e-5)
 
 
-def test_nobody_waits_for_the_device(conditioner, stage, monkeypatch):
+def test_nothing_is_read_back_from_the_device(conditioner, stage, monkeypatch):
     """Who asks the device that stands for a GPU here for a value, as `.item()` does, is refused."""
     without_autocast(monkeypatch)
     drop = conditioner.draw_drop(0, 0, batch()["sample_id"])

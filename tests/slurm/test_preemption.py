@@ -7,6 +7,7 @@ urgent job takes the nodes.
 
 import itertools
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -121,9 +122,12 @@ def _one_run(jobs, unbroken, run_id, ways):
         print(f"{run_id}: {how} in {place}, requeued after {time.monotonic() - began:.1f} s", flush=True)
     facts = jobs.finish(job, run_id)
     said = jobs.output(run_id).read_text()
-    assert int(facts["Restarts"]) == len(ways), said[said.find("nothing has moved") :][:20000]
+    assert int(facts["Restarts"]) == len(ways), said[max(0, said.find("nothing has moved")) :][:20000]
     _assert_same_end(unbroken, run_id)
-    assert last(unbroken, run_id=run_id)["provenance"]["restarts"] == len(ways)
+    # On a busy machine a start may leave at the step from which it went on: it has nothing to save.
+    steps = re.findall(r"leaving at step (\d+)", said)
+    assert len(steps) == len(ways)
+    assert last(unbroken, run_id=run_id)["provenance"]["restarts"] == len(set(steps))
 
 
 @pytest.mark.thorough

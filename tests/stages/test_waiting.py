@@ -1,4 +1,4 @@
-"""A training step asks its device for nothing: the next one is prepared while the device still works."""
+"""A training step reads nothing back from its device: the next one is prepared while the device still works."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("kind", STAGES)
-def test_a_training_step_waits_for_nothing(kind, monkeypatch):
+def test_a_training_step_reads_nothing_back(kind, monkeypatch):
     without_autocast(monkeypatch)
     stage = STAGES[kind]()
     monkeypatch.setattr(stage, "log", lambda *_, **__: None)
