@@ -1,7 +1,8 @@
 """What this package's callbacks add to a training step, on steps that do nothing else: see `benchmark.py`.
 
-A step is `step_ms` of spinning and a parameter. In one run the trainer's callbacks change every 50 steps, which are
-timed as a whole, so that what happens once in many steps has its share, and what slows the machine down slows all.
+A step is `step_ms` of spinning and a parameter. In one run the trainer's callbacks change every 50 steps, with several
+processes every 1000, which are timed as a whole, so that what happens once in many steps has its share, and what slows
+the machine down slows all.
 
 There are two clocks. The processor's counts what all threads of one process compute, and not the turns of other
 programs: enough for one process, which waits for nobody. Several wait for each other, which the clock on the wall
@@ -39,7 +40,9 @@ from ldm_train.callbacks import (
     progress_bar,
 )
 
-BLOCK = 50  # steps: as many as between two logged ones
+LOGGED = 50  # steps between two logged ones, and in a turn
+# In a turn of several processes: when it begins they talk in each step, and more and more seldom from then on.
+LONG_TURN = 20 * LOGGED
 HOUR = 60.0  # minutes: no save falls due
 NEVER = 10**9  # steps
 FIGURES, CLUSTER, LIGHTNING = "throughput, guard, progress", "preemption, ranks, checkpoints", "ModelCheckpoint"
@@ -80,15 +83,16 @@ class Turns(L.LightningModule):
     Args:
         variants: name -> callbacks.
         rounds: how often each has its turn; another one begins each time.
+        block: steps in a turn.
         seconds: of a step.
 
     Attributes:
         found: clock -> name -> seconds of a step in each of its blocks.
     """
 
-    def __init__(self, variants: dict[str, list[L.Callback]], rounds: int, seconds: float) -> None:
+    def __init__(self, variants: dict[str, list[L.Callback]], rounds: int, block: int, seconds: float) -> None:
         super().__init__()
-        self.variants, self.seconds = variants, seconds
+        self.variants, self.block, self.seconds = variants, block, seconds
         names = list(variants)
         turns = [names[number % len(names) :] + names[: number % len(names)] for number in range(rounds)]
         self.order = [*names, *(name for turn in turns for name in turn)]  # each once to warm up
@@ -99,12 +103,12 @@ class Turns(L.LightningModule):
     @property
     def num_steps(self) -> int:
         """Those of all blocks, and a few in which the last ones are saved."""
-        return BLOCK * len(self.order) + 3
+        return self.block * len(self.order) + 3
 
     def training_step(self, batch: dict[str, object], batch_idx: int) -> torch.Tensor:
         """Spin."""
-        if batch_idx % BLOCK == 0:
-            self._next_block(batch_idx // BLOCK)
+        if batch_idx % self.block == 0:
+            self._next_block(batch_idx // self.block)
         began = time.thread_time()
         while time.thread_time() - began < self.seconds:
             pass
@@ -114,7 +118,7 @@ class Turns(L.LightningModule):
         now = {name: clock() for name, clock in CLOCKS.items()}
         if number > len(self.variants):
             for clock, found in self.found.items():
-                found[self.order[number - 1]].append((now[clock] - self._began[clock]) / BLOCK)
+                found[self.order[number - 1]].append((now[clock] - self._began[clock]) / self.block)
         if number == 0:
             self.timed = self.trainer.profiler  # type: ignore[attr-defined]
         if number < len(self.order):
@@ -151,11 +155,11 @@ def rounds(arguments: argparse.Namespace, processes: int) -> Found:
     """Seconds of a step in each turn."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         each = variants(folder)
-        module = Turns(each, arguments.rounds, arguments.step_ms / 1000)
+        module = Turns(each, arguments.rounds, LOGGED if processes == 1 else LONG_TURN, arguments.step_ms / 1000)
         trainer = L.Trainer(
             callbacks=[*each[f"Lightning's {LIGHTNING}"], *each[f"and {CLUSTER}"]], max_steps=module.num_steps,
             max_epochs=-1, accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto",
-            logger=False, log_every_n_steps=BLOCK, enable_model_summary=False, default_root_dir=folder,
+            logger=False, log_every_n_steps=LOGGED, enable_model_summary=False, default_root_dir=folder,
         )  # fmt: skip
         trainer.fit(module, DataLoader(Batches(), batch_size=None))
     return module.found

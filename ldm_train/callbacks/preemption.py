@@ -7,7 +7,7 @@ another job takes its place. What happens then, in this order:
    those that it interrupted, and ranks that wait for each other in different places wait for ever.
 2. After each batch, of training, of validation, and of images that are generated to judge the model, the ranks agree on
    the largest number that any of them remembers. They see it one batch later, all in the same place, and leave there.
-   Where batches take milliseconds they do so after some of them, ten times a second or so.
+   Where batches take milliseconds they do so after some of them, twice a second or so.
 3. What is left undone is undone as by any error, so that the weights are the raw ones again; then one checkpoint is
    written, of the last optimizer step. A validation that was left is repeated from its first batch by the next start.
 4. Loggers are closed, and rank 0 has the job started again: by the handler that was there before, submitit's, or by
@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 _ONE_EVENT = 2.0  # seconds in which signals have one cause: SLURM sends some of them twice
-_OFTEN, _MOST_STEPS = 0.1, 16  # how often ranks look for signals: seconds, and steps where steps are short
+_OFTEN, _MOST_STEPS = 0.5, 64  # how often ranks look for signals: seconds, and steps where steps are short
 
 Item = TypeVar("Item")
 
