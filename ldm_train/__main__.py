@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from ldm_train.config import ConfigError, conf_dir, dry_run_output, explain_override, explain_unmade, register
 from ldm_train.dry_run import dry_run
 from ldm_train.isolation import run_in_child
+from ldm_train.stacks import answering_with_stacks
 from ldm_train.train import train
 
 register()
@@ -61,7 +62,8 @@ if __name__ == "__main__":
     from ldm_train.__main__ import main
 
     try:
-        main()
+        with answering_with_stacks():
+            main()
     except SystemExit as stop:
         # Hydra prints that a key is unknown, or a directory not to be written, and exits while it handles that error;
         # what is allowed, it does not say.

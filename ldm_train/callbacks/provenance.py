@@ -64,7 +64,7 @@ class RunRecord(L.Callback):
         """For the start-up table."""
         git = self._provenance.get("git")
         code = {} if git is None else {"code": git["commit"][:12] + (", changed" if git["is_changed"] else "")}
-        return code | ({"goes on from so many starts": self.restarts} if self.restarts else {})
+        return code | ({"earlier starts": self.restarts} if self.restarts else {})
 
 
 def git_state(directory: Path) -> dict[str, Any] | None:
