@@ -36,7 +36,7 @@ guard and progress; then with these what a cluster needs, the ranks' agreement o
 checkpoints' clock; Lightning's own checkpoints for comparison. They take turns, in one process and in `--processes` on
 gloo, of which the first is timed. "added" is what a step takes more than without, and its standard error: of the
 processor, all threads together, and with several processes also by the clock on the wall, which counts their waits for
-each other. Figures are medians over rounds; in a round each has 50 steps in a row, with several processes 1000.
+each other. Figures are medians over rounds; in a round each has 50 steps in a row, with several processes 500.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What this package's callbacks add to a training step, on steps that do nothing else: see `benchmark.py`.
 
 A step is `step_ms` of spinning and a parameter. In one run the trainer's callbacks change every 50 steps, with several
-processes every 1000, which are timed as a whole, so that what happens once in many steps has its share, and what slows
+processes every 500, which are timed as a whole, so that what happens once in many steps has its share, and what slows
 the machine down slows all.
 
 There are two clocks. The processor's counts what all threads of one process compute, and not the turns of other
@@ -41,8 +41,7 @@ from ldm_train.callbacks import (
 )
 
 LOGGED = 50  # steps between two logged ones, and in a turn
-# In a turn of several processes: when it begins they talk in each step, and more and more seldom from then on.
-LONG_TURN = 20 * LOGGED
+LONG_TURN = 10 * LOGGED  # of several processes, which talk to each other once in many steps
 HOUR = 60.0  # minutes: no save falls due
 NEVER = 10**9  # steps
 FIGURES, CLUSTER, LIGHTNING = "throughput, guard, progress", "preemption, ranks, checkpoints", "ModelCheckpoint"
@@ -124,6 +123,9 @@ class Turns(L.LightningModule):
         if number < len(self.order):
             callbacks = self.variants[self.order[number]]
             self.trainer.callbacks = callbacks  # type: ignore[attr-defined]
+            for callback in callbacks:  # as if they had been there all along: a long silence has ranks talk more
+                if (agreement := getattr(callback, "_agreement", None)) is not None:
+                    agreement._talked_at = time.monotonic()
             is_timed = any(isinstance(callback, ThroughputMonitor) for callback in callbacks)
             self.trainer.profiler = self.timed if is_timed else self.timed.inner  # type: ignore[attr-defined]
         self._began = {name: clock() for name, clock in CLOCKS.items()}

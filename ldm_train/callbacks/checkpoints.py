@@ -29,7 +29,7 @@ from ldm_train.interchange import AdapterBase, AdapterMetadata, write_adapters
 from ldm_train.stages import LoRAFineTuning, text_shape
 
 # How often ranks compare their clocks: in a hundredth of the time that is to pass, or so many steps.
-_SHARE_OF_CLOCK, _MOST_STEPS = 0.01, 256
+_SHARE_OF_CLOCK, _MOST_STEPS = 0.01, 512
 
 
 class CheckpointError(RuntimeError):

@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 _ONE_EVENT = 2.0  # seconds in which signals have one cause: SLURM sends some of them twice
-_OFTEN, _MOST_STEPS = 0.5, 64  # how often ranks look for signals: seconds, and steps where steps are short
+_OFTEN, _MOST_STEPS = 0.5, 128  # how often ranks look for signals: seconds, and steps where steps are short
 
 Item = TypeVar("Item")
 
