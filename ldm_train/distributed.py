@@ -154,7 +154,8 @@ class PacedAgreement:
 
     Ranks that talked in each step of a millisecond would spend a twentieth of it on that. Where all of them find that
     less than `seconds` have passed since they last talked, they let twice as many calls pass the next time, up to
-    `most_calls`. The first two calls after `talk_at_once` talk; with one process each does.
+    `most_calls`. The first two calls after `talk_at_once` talk. One process lets calls pass in the same way; it may
+    talk in any.
 
     Args:
         seconds: between two talks, about.
@@ -176,13 +177,13 @@ class PacedAgreement:
         self._every = self._to_go = 1
         self._at_once = 2  # talks; what the first one hears was said before
 
-    def exchange(self, value: int) -> int | None:
-        """What the talk before this one agreed on, as by `Agreement.exchange`; None if this call lets it pass."""
-        if self.is_alone:
-            return value
+    def is_due(self) -> bool:
+        """Whether the ranks talk in this call; every rank makes the same calls."""
         self._to_go -= 1
-        if self._to_go:
-            return None
+        return self._to_go <= 0
+
+    def exchange(self, value: int) -> int:
+        """What the talk before this one agreed on, as by `Agreement.exchange`; every rank calls it when it is due."""
         now = time.monotonic()
         is_late, self._talked_at = now - self._talked_at > self.seconds, now
         # The number twice, plus one if this rank has waited long: of the ranks' values the largest tells both.

@@ -113,6 +113,11 @@ class Turns(L.LightningModule):
             pass
         return self.weight.sum()
 
+    def on_train_start(self) -> None:
+        """Some callbacks have left by now."""
+        there = self.trainer.callbacks  # type: ignore[attr-defined]
+        self.variants = {name: [c for c in callbacks if c in there] for name, callbacks in self.variants.items()}
+
     def _next_block(self, number: int) -> None:
         now = {name: clock() for name, clock in CLOCKS.items()}
         if number > len(self.variants):

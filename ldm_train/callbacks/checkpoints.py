@@ -9,6 +9,7 @@ averaged ones as averaged. Other names are of files that were `last.ckpt` once, 
     step_0005000.ckpt            kept for good, every `keep_every_n_steps` or `keep_every_images`
 """
 
+import math
 import os
 import shutil
 import time
@@ -87,8 +88,10 @@ class CheckpointWriter(Checkpoint):
         self.seconds = self.longest_save = 0.0
         self._best: float | None = None
         self._saved_step = self._seen_step = -1
-        self._saved_at = time.monotonic()
+        self._late_at = math.inf
         self._last_step = 0
+        self._batches_to_go = 1
+        self._is_late = False
         self._agreement: PacedAgreement | None = None
         self._is_last_whole = False
 
@@ -108,21 +111,27 @@ class CheckpointWriter(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The state a run resumes from needs no second save."""
         self._saved_step = self._seen_step = trainer.global_step
-        self._saved_at, self._last_step = time.monotonic(), total_steps(trainer)
+        self._last_step, self._batches_to_go = total_steps(trainer), 1
+        self._start_clock()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
-        """Save when an optimizer step has just completed an interval."""
+        """Save when an optimizer step has just completed an interval.
+
+        A batch ends no more than one step, so that most of them only have to be counted.
+        """
+        if self._agreement is not None and not self._is_late and self._agreement.is_due():
+            self._is_late = bool(self._agreement.exchange(time.monotonic() > self._late_at))
+        self._batches_to_go -= 1
+        if self._batches_to_go <= 0 or self._is_late:
+            self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: L.Trainer) -> None:
         step = trainer.global_step
         if step == self._seen_step:
             return
-        self._seen_step = step
-        is_late = self._is_late()
+        self._seen_step, self._batches_to_go = step, self._steps_to_next(trainer, step)
         # The last step is saved at the very end, after calibration, evaluation and export.
-        to_go = self._last_step - step
-        if to_go == 0:
-            return
-        by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
-        if by_steps or is_late or to_go == 1 or self._is_kept(trainer, step):
+        if step != self._last_step and (self._is_late or self._steps_to_next(trainer, step - 1) == 1):
             log_trained_batch(trainer)
             self._save(trainer, before_validation=True)
 
@@ -153,19 +162,22 @@ class CheckpointWriter(Checkpoint):
         if begun and trainer.global_step != total_steps(trainer):
             self._save(trainer, before_validation=True)
 
-    def _is_late(self) -> bool:
-        if self._agreement is None or self.every_minutes is None:
-            return False
-        is_late = time.monotonic() - self._saved_at > 60 * self.every_minutes
-        return bool(self._agreement.exchange(is_late))
+    def _steps_to_next(self, trainer: L.Trainer, step: int) -> int:
+        """How many steps after this one the next is due, whatever the clock says."""
+        due = [self._last_step - 1, *self._next_kept(trainer, step)]
+        if self.every_n_steps is not None:
+            due.append(_next_multiple(step, self.every_n_steps))
+        return min((at - step for at in due if at > step), default=_MOST_STEPS)
 
-    def _is_kept(self, trainer: L.Trainer, step: int) -> bool:
-        if self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0:
-            return True
-        if self.keep_every_images is None:
-            return False
-        batch = trainer.datamodule.global_batch_size * trainer.accumulate_grad_batches  # type: ignore[attr-defined]
-        return step * batch // self.keep_every_images > (step - 1) * batch // self.keep_every_images
+    def _next_kept(self, trainer: L.Trainer, step: int) -> list[int]:
+        """For each of the two intervals, the first step after this one that is kept for good."""
+        kept = []
+        if self.keep_every_n_steps is not None:
+            kept.append(_next_multiple(step, self.keep_every_n_steps))
+        if self.keep_every_images is not None:
+            batch = trainer.datamodule.global_batch_size * trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+            kept.append(-(-_next_multiple(step * batch, self.keep_every_images) // batch))
+        return kept
 
     def _is_better(self, value: float) -> bool:
         if value != value:
@@ -183,16 +195,21 @@ class CheckpointWriter(Checkpoint):
         if before_validation and trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
             _validate_first(checkpoint)
         error = self._write(checkpoint, step) if trainer.is_global_zero else None
-        if trainer.is_global_zero and error is None and step > 0 and self._is_kept(trainer, step):
+        if trainer.is_global_zero and error is None and step > 0 and step in self._next_kept(trainer, step - 1):
             _take_name(self.directory / "last.ckpt", self.directory / f"step_{step:07d}.ckpt")
         failed = all_reduce_sum(torch.tensor(float(error is not None), device=trainer.strategy.root_device))
         if failed > 0:
             raise error or CheckpointError("rank 0 could not write a checkpoint; see its message")
-        self._saved_step, self._saved_at = step, time.monotonic()
-        if self._agreement is not None:
+        self._saved_step, seconds = step, time.monotonic() - began
+        self._start_clock()
+        self.seconds += seconds
+        self.longest_save = max(self.longest_save, seconds)
+
+    def _start_clock(self) -> None:
+        self._is_late = False
+        if self._agreement is not None and self.every_minutes is not None:
             self._agreement.forget()  # that it was late
-        self.seconds += self._saved_at - began
-        self.longest_save = max(self.longest_save, self._saved_at - began)
+            self._late_at = time.monotonic() + 60 * self.every_minutes
 
     def _write(self, checkpoint: dict[str, Any], step: int) -> CheckpointError | None:
         """Write, verify, and give names; what went wrong is returned, because the other ranks have to hear of it."""
@@ -224,6 +241,11 @@ class CheckpointWriter(Checkpoint):
             except ValueError:
                 return False
         return True
+
+
+def _next_multiple(number: int, of: int) -> int:
+    """The first one that is larger."""
+    return (number // of + 1) * of
 
 
 def _validate_first(checkpoint: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -37,6 +37,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from ldm_train.callbacks.checkpoints import CheckpointWriter
+from ldm_train.callbacks.idle_hooks import take_over
 from ldm_train.callbacks.requeue import Handler, ask_for_another_start, gets_further
 from ldm_train.callbacks.tracking import log_trained_batch
 from ldm_train.distributed import PacedAgreement
@@ -65,7 +66,8 @@ class Preempted(SystemExit):
 class Preemption(Checkpoint):
     """Leaves at a signal, after the batch; see the module. `listening` installs its handlers.
 
-    It is a `Checkpoint` to Lightning, which calls these last: what is due after a step is done before it leaves.
+    It is a `Checkpoint` to Lightning, which calls these last, and calls the `CheckpointWriter` itself: what is due
+    after a step is done before it leaves, and the two cost a short step one hook.
 
     Args:
         grace_seconds: from the signal to SLURM's SIGKILL, what `sbatch --signal=USR1@<seconds>` asks for. A warning
@@ -85,6 +87,7 @@ class Preemption(Checkpoint):
         self._last, self._last_at = 0, 0.0  # the signal that counts against the next one
         self._agreement: PacedAgreement | None = None
         self._writers: list[CheckpointWriter] = []
+        self._before: list[Callable[..., Any]] = []  # their hooks at the end of a batch
         self._looked_at, self._longest_wait, self._saved = 0.0, 0.0, 0.0
         self._is_warned = False
         self._began_at = math.inf  # batches that earlier starts have trained
@@ -107,6 +110,7 @@ class Preemption(Checkpoint):
         """Makes the group in which ranks agree, and keeps Lightning's handlers and their broadcasts out."""
         self._agreement = PacedAgreement(_OFTEN, _MOST_STEPS)
         self._writers = [c for c in trainer.callbacks if isinstance(c, CheckpointWriter)]  # type: ignore[attr-defined]
+        self._before = [take_over(writer, "on_train_batch_end") for writer in self._writers]
         trainer._signal_connector = _NoHandlers(trainer)
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
@@ -119,6 +123,8 @@ class Preemption(Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
         """Leaves if the batch ended an optimizer step: gradients that were only accumulated would be lost."""
+        for hook in self._before:
+            hook(trainer)
         self.leave_if_told(trainer)
 
     def on_validation_start(self, *_: Any) -> None:  # noqa: ANN401
@@ -158,8 +164,8 @@ class Preemption(Checkpoint):
         # With gradients to accumulate, a batch may end no step.
         if trainer.accumulate_grad_batches > 1 and trainer.state.fn == "fit" and _is_amid_step(trainer):
             return
-        agreed = self._agreement.exchange(self._received)
-        if agreed is not None:
+        if self._agreement.is_due() or (self._received and self._agreement.is_alone):
+            agreed = self._agreement.exchange(self._received)
             self._measure(trainer)
             self._leave(agreed)
 

@@ -2,7 +2,7 @@
 
 A rank with another config, other data or other code computes something else, and the sum of its gradients with those of
 the others is nothing that anyone wanted; with another number of batches it waits for ever. So nothing starts before all
-ranks have shown the same (`ldm_train.roll_call`). With one process this does nothing.
+ranks have shown the same (`ldm_train.roll_call`). With one process there is nobody to watch.
 """
 
 import hashlib
@@ -44,10 +44,12 @@ class RankWatch(L.Callback):
         self._work = -1, ""  # what follows the last hook, as long as no other batch was begun
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Compares what is known before the model is shared out."""
+        """Compares what is known before the model is shared out; one process alone does without this callback."""
         self._calls += 1
         self._store = rank_store(f"ldm_train/{self._calls}")
         if self._store is None:
+            others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+            trainer.callbacks = others  # type: ignore[attr-defined]
             return
         stall = 0.8 * patience(self._store).total_seconds()
         ranks = trainer.global_rank, trainer.world_size

@@ -7,10 +7,13 @@ import random
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ldm_train.callbacks import CheckpointError, CheckpointWriter, MetricsCSV, RunRecord
 from ldm_train.checkpoint import read_checkpoint, verify_checkpoint
@@ -63,6 +66,42 @@ def test_minutes_are_a_clock_too(tmp_path, monkeypatch):
     assert all(b - a >= 2 for a, b in itertools.pairwise(saved[:-2]))
 
 
+@given(
+    every=st.none() | st.integers(1, 12),
+    keep=st.none() | st.integers(1, 12),
+    images=st.none() | st.integers(1, 60),
+    batch=st.integers(1, 20),
+    accumulated=st.integers(1, 3),
+    first=st.integers(0, 30),
+)
+def test_what_is_counted_between_two_looks_leaves_no_step_out(every, keep, images, batch, accumulated, first):
+    saved, last = [], 40
+    trainer = SimpleNamespace(
+        global_step=first,
+        datamodule=SimpleNamespace(global_batch_size=batch),
+        accumulate_grad_batches=accumulated,
+        callback_metrics={},
+    )
+    writer = CheckpointWriter("", every, None, keep, images)
+    writer._save = lambda trainer, **_: saved.append(trainer.global_step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm_train.callbacks.checkpoints.total_steps", lambda _: last)
+        patch.setattr("ldm_train.callbacks.checkpoints.log_trained_batch", lambda _: None)
+        writer.on_train_start(trainer, None)
+        for batch_idx in range((last - first) * accumulated):
+            trainer.global_step += (batch_idx + 1) % accumulated == 0
+            writer.on_train_batch_end(trainer)
+    joined = batch * accumulated
+    assert saved == [
+        step
+        for step in range(first + 1, last)
+        if step == last - 1
+        or (every and step % every == 0)
+        or (keep and step % keep == 0)
+        or (images and step * joined // images > (step - 1) * joined // images)
+    ]
+
+
 class OneTalkLater:
     """What ranks agree on when all say the same: each call returns what the one before said, if it still counts."""
 
@@ -70,6 +109,9 @@ class OneTalkLater:
 
     def __init__(self):
         self.pending = 0
+
+    def is_due(self):
+        return True
 
     def exchange(self, value):
         agreed, self.pending = self.pending, value

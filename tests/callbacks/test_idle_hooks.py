@@ -1,7 +1,7 @@
 import lightning as L
 import pytest
 
-from ldm_train.callbacks.idle_hooks import BATCH_HOOKS, hide_idle_hooks
+from ldm_train.callbacks.idle_hooks import BATCH_HOOKS, hide_idle_hooks, take_over
 from tests.callbacks.toy import ToyData, ToyStage, trainer_of
 
 
@@ -44,3 +44,14 @@ def test_those_that_do_nothing_are_not_called_and_a_subclass_keeps_them(tmp_path
     hide_idle_hooks(callbacks)
     trainer_of(tmp_path, callbacks).fit(ToyStage(), ToyData())
     assert set(called) == {("Derived", "on_after_backward"), ("own", "on_train_batch_start")}
+
+
+@pytest.mark.parametrize("hook", BATCH_HOOKS)
+def test_a_hook_that_was_taken_over_is_called_by_whoever_took_it(tmp_path, hook):
+    worker, own = writes(hook), writes(hook)
+    for _ in range(2):  # of a second run of the same trainer
+        taken = take_over(worker, hook)
+    note = getattr(own, hook)
+    setattr(own, hook, lambda *arguments: (note(*arguments), taken(*arguments)))
+    trainer_of(tmp_path, [worker, own]).fit(ToyStage(), ToyData())
+    assert worker.calls == own.calls > 0

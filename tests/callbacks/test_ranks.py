@@ -46,9 +46,38 @@ def test_a_rank_that_has_waited_in_vain_tells_the_job_s_script(tmp_path, monkeyp
     assert (tmp_path / "17.lost").exists() is is_told
 
 
+class WithoutOthers(ranks.RankWatch):
+    """Stays, but compares nothing."""
+
+    _store = None
+
+    def setup(self, *_, **__):
+        pass
+
+
+def test_one_process_is_not_watched_and_the_other_callbacks_miss_nothing(tmp_path):
+    """It leaves the list while Lightning goes through it."""
+
+    class Notes(L.Callback):
+        def __init__(self):
+            self.hooks = []
+
+        def setup(self, *_, **__):
+            self.hooks.append("setup")
+
+        def on_train_start(self, *_):
+            self.hooks.append("start")
+
+    before, after = Notes(), Notes()
+    trainer = trainer_of(tmp_path, [before, ranks.RankWatch({}), after])
+    trainer.fit(ToyStage(), ToyData())
+    assert before.hooks == after.hooks == ["setup", "start"]
+    assert not any(isinstance(callback, ranks.RankWatch) for callback in trainer.callbacks)
+
+
 def test_the_place_is_told_without_a_word_of_any_step(tmp_path):
     """From the counts of the loops, at any hook."""
-    watch, told, waiting = ranks.RankWatch({}), [], []
+    watch, told, waiting = WithoutOthers({}), [], []
 
     class Look(L.Callback):
         def _look(self, trainer, *_, **__):
