@@ -154,8 +154,12 @@ class PacedAgreement:
 
     Ranks that talked in each step of a millisecond would spend a twentieth of it on that. Where all of them find that
     less than `seconds` have passed since they last talked, they let twice as many calls pass the next time, up to
-    `most_calls`. The first two calls after `talk_at_once` talk. One process lets calls pass in the same way; it may
-    talk in any.
+    `most_calls`. The first two calls after `talk_at_once` talk. In each step, on every rank:
+
+        if agreement.next_call_talks():
+            agreed = agreement.exchange(value)
+
+    One process has nobody to talk to, and may do so without.
 
     Args:
         seconds: between two talks, about.
@@ -177,13 +181,13 @@ class PacedAgreement:
         self._every = self._to_go = 1
         self._at_once = 2  # talks; what the first one hears was said before
 
-    def is_due(self) -> bool:
-        """Whether the ranks talk in this call; every rank makes the same calls."""
+    def next_call_talks(self) -> bool:
+        """Counts one call, and says whether it is one in which the ranks talk."""
         self._to_go -= 1
         return self._to_go <= 0
 
     def exchange(self, value: int) -> int:
-        """What the talk before this one agreed on, as by `Agreement.exchange`; every rank calls it when it is due."""
+        """What the talk before this one agreed on, as by `Agreement.exchange`."""
         now = time.monotonic()
         is_late, self._talked_at = now - self._talked_at > self.seconds, now
         # The number twice, plus one if this rank has waited long: of the ranks' values the largest tells both.

@@ -1,7 +1,7 @@
 """What this package's callbacks add to a training step, on steps that do nothing else: see `benchmark.py`.
 
 A step is `step_ms` of spinning and a parameter. In one run the trainer's callbacks change every 50 steps, with several
-processes every 500, which are timed as a whole, so that what happens once in many steps has its share, and what slows
+processes every 500, which are timed as a whole, so that what ranks do once in many steps has its share, and what slows
 the machine down slows all.
 
 There are two clocks. The processor's counts what all threads of one process compute, and not the turns of other

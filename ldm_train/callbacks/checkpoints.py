@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from ldm_train.callbacks.ema import evaluation_weights
-from ldm_train.callbacks.progress import total_steps
+from ldm_train.callbacks.progress import is_amid_step, total_steps
 from ldm_train.callbacks.tracking import log_trained_batch
 from ldm_train.checkpoint import replace_durably, verify_checkpoint
 from ldm_train.distributed import PacedAgreement, all_reduce_sum
@@ -98,7 +98,8 @@ class CheckpointWriter(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Clocks differ between ranks, and all save at the same step."""
         if self.every_minutes is not None:
-            self._agreement = PacedAgreement(_SHARE_OF_CLOCK * 60 * self.every_minutes, _MOST_STEPS)
+            agreement = PacedAgreement(_SHARE_OF_CLOCK * 60 * self.every_minutes, _MOST_STEPS)
+            self._agreement = None if agreement.is_alone else agreement
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """The best figure so far is part of a run's state."""
@@ -119,7 +120,9 @@ class CheckpointWriter(Checkpoint):
 
         A batch ends no more than one step, so that most of them only have to be counted.
         """
-        if self._agreement is not None and not self._is_late and self._agreement.is_due():
+        if self._agreement is None:
+            self._is_late = time.monotonic() > self._late_at
+        elif self._agreement.next_call_talks():
             self._is_late = bool(self._agreement.exchange(time.monotonic() > self._late_at))
         self._batches_to_go -= 1
         if self._batches_to_go <= 0 or self._is_late:
@@ -127,7 +130,7 @@ class CheckpointWriter(Checkpoint):
 
     def _save_if_due(self, trainer: L.Trainer) -> None:
         step = trainer.global_step
-        if step == self._seen_step:
+        if step == self._seen_step or is_amid_step(trainer):  # gradients that were only accumulated would be lost
             return
         self._seen_step, self._batches_to_go = step, self._steps_to_next(trainer, step)
         # The last step is saved at the very end, after calibration, evaluation and export.
@@ -167,7 +170,7 @@ class CheckpointWriter(Checkpoint):
         due = [self._last_step - 1, *self._next_kept(trainer, step)]
         if self.every_n_steps is not None:
             due.append(_next_multiple(step, self.every_n_steps))
-        return min((at - step for at in due if at > step), default=_MOST_STEPS)
+        return min((at - step for at in due if at > step), default=1)
 
     def _next_kept(self, trainer: L.Trainer, step: int) -> list[int]:
         """For each of the two intervals, the first step after this one that is kept for good."""
@@ -207,8 +210,9 @@ class CheckpointWriter(Checkpoint):
 
     def _start_clock(self) -> None:
         self._is_late = False
-        if self._agreement is not None and self.every_minutes is not None:
+        if self._agreement is not None:
             self._agreement.forget()  # that it was late
+        if self.every_minutes is not None:
             self._late_at = time.monotonic() + 60 * self.every_minutes
 
     def _write(self, checkpoint: dict[str, Any], step: int) -> CheckpointError | None:

@@ -32,7 +32,10 @@ def hide_idle_hooks(callbacks: Iterable[L.Callback]) -> None:
 
 
 def take_over(callback: L.Callback, name: str) -> Callable[..., Any]:
-    """A callback's hook, for another callback that calls it from now on; Lightning does no longer."""
-    hook: Callable[..., Any] = getattr(type(callback), name).__get__(callback)
+    """A callback's hook, for another callback that calls it from now on; Lightning no longer does.
+
+    It is given back by setting it.
+    """
+    hook: Callable[..., Any] = getattr(callback, name)
     setattr(callback, name, None)
     return hook

@@ -38,6 +38,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 from ldm_train.callbacks.checkpoints import CheckpointWriter
 from ldm_train.callbacks.idle_hooks import take_over
+from ldm_train.callbacks.progress import is_amid_step
 from ldm_train.callbacks.requeue import Handler, ask_for_another_start, gets_further
 from ldm_train.callbacks.tracking import log_trained_batch
 from ldm_train.distributed import PacedAgreement
@@ -47,6 +48,7 @@ _log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 _ONE_EVENT = 2.0  # seconds in which signals have one cause: SLURM sends some of them twice
 _OFTEN, _MOST_STEPS = 0.5, 128  # how often ranks look for signals: seconds, and steps where steps are short
+_HOOK = "on_train_batch_end"
 
 Item = TypeVar("Item")
 
@@ -87,9 +89,9 @@ class Preemption(Checkpoint):
         self._last, self._last_at = 0, 0.0  # the signal that counts against the next one
         self._agreement: PacedAgreement | None = None
         self._writers: list[CheckpointWriter] = []
-        self._before: list[Callable[..., Any]] = []  # their hooks at the end of a batch
+        self._taken: list[tuple[CheckpointWriter, Callable[..., Any]]] = []  # and their hooks at the end of a batch
         self._looked_at, self._longest_wait, self._saved = 0.0, 0.0, 0.0
-        self._is_warned = False
+        self._has_saved = self._is_warned = False
         self._began_at = math.inf  # batches that earlier starts have trained
         self._previous: dict[int, Handler] = {}
 
@@ -108,9 +110,10 @@ class Preemption(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Makes the group in which ranks agree, and keeps Lightning's handlers and their broadcasts out."""
+        self._give_hooks_back()  # of a run that ended by an error
         self._agreement = PacedAgreement(_OFTEN, _MOST_STEPS)
         self._writers = [c for c in trainer.callbacks if isinstance(c, CheckpointWriter)]  # type: ignore[attr-defined]
-        self._before = [take_over(writer, "on_train_batch_end") for writer in self._writers]
+        self._taken = [(writer, take_over(writer, _HOOK)) for writer in self._writers]
         trainer._signal_connector = _NoHandlers(trainer)
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
@@ -121,10 +124,10 @@ class Preemption(Checkpoint):
         self.look_at_once()
         self._began_at = _batches(trainer).processed
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
+    def on_train_batch_end(self, trainer: L.Trainer, *others: Any) -> None:  # noqa: ANN401
         """Leaves if the batch ended an optimizer step: gradients that were only accumulated would be lost."""
-        for hook in self._before:
-            hook(trainer)
+        for _, hook in self._taken:
+            hook(trainer, *others)
         self.leave_if_told(trainer)
 
     def on_validation_start(self, *_: Any) -> None:  # noqa: ANN401
@@ -138,6 +141,14 @@ class Preemption(Checkpoint):
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
         """Leaves the validation; its averaged weights and its figures are dropped."""
         self.leave_if_told(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The next look compares how long it took."""
+        self._has_saved = True
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """What it took over is called by Lightning again."""
+        self._give_hooks_back()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves, when contexts have been left and the raw weights are back."""
@@ -161,13 +172,16 @@ class Preemption(Checkpoint):
             Preempted: if any rank has received a signal.
         """
         assert self._agreement is not None
-        # With gradients to accumulate, a batch may end no step.
-        if trainer.accumulate_grad_batches > 1 and trainer.state.fn == "fit" and _is_amid_step(trainer):
+        if trainer.accumulate_grad_batches > 1 and trainer.state.fn == "fit" and is_amid_step(trainer):
             return
-        if self._agreement.is_due() or (self._received and self._agreement.is_alone):
+        if self._agreement.is_alone:
+            agreed = self._received
+        elif self._agreement.next_call_talks():
             agreed = self._agreement.exchange(self._received)
-            self._measure(trainer)
-            self._leave(agreed)
+        else:
+            return
+        self._measure(trainer)
+        self._leave(agreed)
 
     def look_at_once(self) -> None:
         """Every rank calls it at the same place: what follows may take longer than what went before."""
@@ -199,19 +213,23 @@ class Preemption(Checkpoint):
             signal.signal(number, handler)
         self._previous = {}
 
+    def _give_hooks_back(self) -> None:
+        for writer, hook in self._taken:
+            setattr(writer, _HOOK, hook)
+        self._taken = []
+
     def _leave(self, number: int) -> None:
         if number:
             raise Preempted(number)
 
     def _measure(self, trainer: L.Trainer) -> None:
         """Compares what leaving takes with the time there is, once a save was made."""
-        now, saved = time.monotonic(), 0.0
-        for writer in self._writers:
-            saved += writer.seconds
-        saving, waited = saved - self._saved, now - self._looked_at if self._looked_at else 0.0
-        self._looked_at, self._saved = now, saved
-        if not saving and waited <= self._longest_wait:
+        now = time.monotonic()
+        waited, self._looked_at = now - self._looked_at if self._looked_at else 0.0, now
+        if waited <= self._longest_wait and not self._has_saved:
             return
+        saved = sum(writer.seconds for writer in self._writers)
+        saving, self._saved, self._has_saved = saved - self._saved, saved, False
         self._longest_wait = max(self._longest_wait, waited - saving)
         longest_save = max((writer.longest_save for writer in self._writers), default=0.0)
         # Two waits: the one during which the signal comes, and the one after which all ranks know of it.
@@ -270,10 +288,6 @@ def listening(trainer: L.Trainer) -> Iterator[None]:
 def _batches(trainer: L.Trainer) -> Any:  # noqa: ANN401
     """How many training batches the run has begun, trained and ended."""
     return trainer.fit_loop.epoch_loop.batch_progress.total
-
-
-def _is_amid_step(trainer: L.Trainer) -> bool:
-    return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def _of(trainer: L.Trainer) -> Preemption | None:

@@ -190,6 +190,11 @@ class LineProgress(RunProgress):
             print(f"{description}: {total} in {seconds:.1f} s", flush=True)
 
 
+def is_amid_step(trainer: L.Trainer) -> bool:
+    """Whether the gradients of the last training batch are only accumulated yet."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
 def total_steps(trainer: L.Trainer) -> int:
     """The optimizer steps of the whole run, from `max_steps` or `max_epochs`; 0 if neither ends it."""
     by_epochs = 0.0

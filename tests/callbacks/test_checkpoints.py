@@ -70,36 +70,45 @@ def test_minutes_are_a_clock_too(tmp_path, monkeypatch):
     every=st.none() | st.integers(1, 12),
     keep=st.none() | st.integers(1, 12),
     images=st.none() | st.integers(1, 60),
+    minutes=st.none() | st.floats(0.1, 3.0),
     batch=st.integers(1, 20),
     accumulated=st.integers(1, 3),
     first=st.integers(0, 30),
 )
-def test_what_is_counted_between_two_looks_leaves_no_step_out(every, keep, images, batch, accumulated, first):
-    saved, last = [], 40
+def test_what_is_counted_between_two_looks_leaves_no_step_out(every, keep, images, minutes, batch, accumulated, first):
+    """A batch takes ten seconds."""
+    saved, batches, last = [], [0], 40
     trainer = SimpleNamespace(
         global_step=first,
         datamodule=SimpleNamespace(global_batch_size=batch),
         accumulate_grad_batches=accumulated,
-        callback_metrics={},
+        fit_loop=SimpleNamespace(
+            epoch_loop=SimpleNamespace(_should_accumulate=lambda: (batches[0] % accumulated) != 0)
+        ),
     )
-    writer = CheckpointWriter("", every, None, keep, images)
-    writer._save = lambda trainer, **_: saved.append(trainer.global_step)
+    writer = CheckpointWriter("", every, minutes, keep, images)
+    writer._save = lambda trainer, **_: (saved.append(trainer.global_step), writer._start_clock())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ldm_train.callbacks.checkpoints.total_steps", lambda _: last)
         patch.setattr("ldm_train.callbacks.checkpoints.log_trained_batch", lambda _: None)
+        patch.setattr("ldm_train.callbacks.checkpoints.time.monotonic", lambda: 10.0 * batches[0])
+        writer.setup(trainer, None, "fit")
         writer.on_train_start(trainer, None)
-        for batch_idx in range((last - first) * accumulated):
-            trainer.global_step += (batch_idx + 1) % accumulated == 0
+        for batches[0] in range(1, (last - first) * accumulated + 1):
+            trainer.global_step += batches[0] % accumulated == 0
             writer.on_train_batch_end(trainer)
-    joined = batch * accumulated
-    assert saved == [
-        step
-        for step in range(first + 1, last)
-        if step == last - 1
-        or (every and step % every == 0)
-        or (keep and step % keep == 0)
-        or (images and step * joined // images > (step - 1) * joined // images)
-    ]
+    joined, due, last_save = batch * accumulated, [], first
+    for step in range(first + 1, last):
+        if (
+            step == last - 1
+            or (every and step % every == 0)
+            or (keep and step % keep == 0)
+            or (images and step * joined // images > (step - 1) * joined // images)
+            or (minutes and 10.0 * accumulated * (step - last_save) > 60.0 * minutes)
+        ):
+            due.append(step)
+            last_save = step
+    assert saved == due
 
 
 class OneTalkLater:
@@ -110,7 +119,7 @@ class OneTalkLater:
     def __init__(self):
         self.pending = 0
 
-    def is_due(self):
+    def next_call_talks(self):
         return True
 
     def exchange(self, value):
@@ -121,7 +130,9 @@ class OneTalkLater:
         self.pending = 0
 
 
-def test_ranks_that_learn_late_that_time_is_up_save_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("accumulated", "steps"), [(1, [7, 14, 21, 23, 24]), (4, [3, 5, 6])])
+def test_ranks_that_learn_late_that_time_is_up_save_once(tmp_path, monkeypatch, accumulated, steps):
+    """After 66 s, a batch until all know of it, and what the step still takes; epochs of five batches end steps."""
     now, saved = [0.0], []
 
     class Steps(L.Callback):
@@ -132,8 +143,8 @@ def test_ranks_that_learn_late_that_time_is_up_save_once(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm_train.callbacks.checkpoints.time.monotonic", lambda: now[0])
     monkeypatch.setattr(CheckpointWriter, "_write", lambda self, checkpoint, step: saved.append(step))
     monkeypatch.setattr("ldm_train.callbacks.checkpoints.PacedAgreement", lambda *_: OneTalkLater())
-    fit(tmp_path, writer, Steps(), max_steps=24)
-    assert saved == [7, 14, 21, 23, 24]  # 66 s, and a step until all know of it
+    fit(tmp_path, writer, Steps(), max_steps=24 // accumulated, accumulate_grad_batches=accumulated)
+    assert saved == steps
 
 
 @pytest.mark.parametrize("step", [1, 2, 5])

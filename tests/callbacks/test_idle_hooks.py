@@ -1,6 +1,7 @@
 import lightning as L
 import pytest
 
+from ldm_train.callbacks import CheckpointWriter, Preemption
 from ldm_train.callbacks.idle_hooks import BATCH_HOOKS, hide_idle_hooks, take_over
 from tests.callbacks.toy import ToyData, ToyStage, trainer_of
 
@@ -49,9 +50,30 @@ def test_those_that_do_nothing_are_not_called_and_a_subclass_keeps_them(tmp_path
 @pytest.mark.parametrize("hook", BATCH_HOOKS)
 def test_a_hook_that_was_taken_over_is_called_by_whoever_took_it(tmp_path, hook):
     worker, own = writes(hook), writes(hook)
-    for _ in range(2):  # of a second run of the same trainer
-        taken = take_over(worker, hook)
-    note = getattr(own, hook)
+    taken, note = take_over(worker, hook), getattr(own, hook)
     setattr(own, hook, lambda *arguments: (note(*arguments), taken(*arguments)))
     trainer_of(tmp_path, [worker, own]).fit(ToyStage(), ToyData())
     assert worker.calls == own.calls > 0
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_what_is_due_is_saved_before_it_leaves_and_without_it_too(tmp_path, is_first):
+    done = []
+
+    class Writer(CheckpointWriter):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            done.append(("saves", batch_idx))
+
+    class Looks(Preemption):
+        def leave_if_told(self, trainer):
+            done.append("looks")
+
+    writer = Writer(str(tmp_path))
+    callbacks = [Looks(), writer] if is_first else [writer, Looks()]
+    for used in (callbacks, callbacks, [writer]):
+        done.clear()
+        trainer_of(tmp_path, used, limit_val_batches=0, enable_checkpointing=True, max_steps=2).fit(
+            ToyStage(), ToyData()
+        )
+        looks = ["looks"] if used is callbacks else []
+        assert done == [("saves", 0), *looks, ("saves", 1), *looks]

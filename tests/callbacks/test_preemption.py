@@ -1,6 +1,5 @@
 """A signal at any moment of a run: the same command again ends with the same bits, and nothing is left out."""
 
-import logging
 import os
 import signal
 import time
@@ -280,19 +279,6 @@ def test_sigterm_at_the_limit_that_was_announced_leaves_a_save_its_time():
         os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def test_a_save_that_does_not_fit_the_grace_time_is_warned_of(tmp_path, caplog):
-    writer = CheckpointWriter(str(tmp_path), every_n_steps=2)
-    writer.longest_save = 130.0
-    with caplog.at_level(logging.WARNING):
-        trainer_of(
-            tmp_path, [Preemption(grace_seconds=120.0), writer], limit_val_batches=0, enable_checkpointing=True
-        ).fit(ToyStage(), ToyData())
-    warnings = [r.getMessage() for r in caplog.records if "may lose steps" in r.getMessage()]
-    assert len(warnings) == 1
-    assert "found 130 s for a save" in warnings[0]
-    assert "change `callbacks.preemption.grace_seconds`" in warnings[0]
 
 
 def test_work_between_two_looks_is_left_at_an_item(tmp_path):
