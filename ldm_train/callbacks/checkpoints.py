@@ -9,6 +9,7 @@ averaged ones as averaged. Other names are of files that were `last.ckpt` once, 
     step_0005000.ckpt            kept for good, every `keep_every_n_steps` or `keep_every_images`
 """
 
+import logging
 import math
 import os
 import shutil
@@ -28,6 +29,8 @@ from ldm_train.checkpoint import replace_durably, verify_checkpoint
 from ldm_train.distributed import PacedAgreement, all_reduce_sum
 from ldm_train.interchange import AdapterBase, AdapterMetadata, write_adapters
 from ldm_train.stages import LoRAFineTuning, text_shape
+
+_log = logging.getLogger(__name__)
 
 # How often ranks compare their clocks: in a hundredth of the time that is to pass, or so many steps.
 _SHARE_OF_CLOCK, _MOST_STEPS = 0.01, 512
@@ -145,7 +148,7 @@ class CheckpointWriter(Checkpoint):
         figure = trainer.callback_metrics.get(self.best_metric)
         # Rank 0's figure: not all are computed on every rank.
         value = trainer.strategy.broadcast(None if figure is None else float(figure))
-        if value is None or not self._is_better(value):
+        if value is None or not self._is_better(value) or self._is_amid_step(trainer):
             return
         self._best = value
         self._save(trainer)
@@ -170,7 +173,7 @@ class CheckpointWriter(Checkpoint):
         due = [self._last_step - 1, *self._next_kept(trainer, step)]
         if self.every_n_steps is not None:
             due.append(_next_multiple(step, self.every_n_steps))
-        return min((at - step for at in due if at > step), default=1)
+        return min((at - step for at in due if at > step), default=_MOST_STEPS)
 
     def _next_kept(self, trainer: L.Trainer, step: int) -> list[int]:
         """For each of the two intervals, the first step after this one that is kept for good."""
@@ -181,6 +184,19 @@ class CheckpointWriter(Checkpoint):
             batch = trainer.datamodule.global_batch_size * trainer.accumulate_grad_batches  # type: ignore[attr-defined]
             kept.append(-(-_next_multiple(step * batch, self.keep_every_images) // batch))
         return kept
+
+    def _is_amid_step(self, trainer: L.Trainer) -> bool:
+        """Whether a save would lose gradients; says so."""
+        if not is_amid_step(trainer):
+            return False
+        if trainer.is_global_zero:
+            _log.warning(
+                "the best %s so far is not kept: found a validation within step %d, whose gradients a save would lose; "
+                "allowed are validations after a step: change `trainer.val_check_interval` to a multiple of "
+                "`trainer.accumulate_grad_batches`, which is %d",
+                *(self.best_metric, trainer.global_step + 1, trainer.accumulate_grad_batches),
+            )
+        return True
 
     def _is_better(self, value: float) -> bool:
         if value != value:

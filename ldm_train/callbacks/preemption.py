@@ -110,7 +110,6 @@ class Preemption(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Makes the group in which ranks agree, and keeps Lightning's handlers and their broadcasts out."""
-        self._give_hooks_back()  # of a run that ended by an error
         self._agreement = PacedAgreement(_OFTEN, _MOST_STEPS)
         self._writers = [c for c in trainer.callbacks if isinstance(c, CheckpointWriter)]  # type: ignore[attr-defined]
         self._taken = [(writer, take_over(writer, _HOOK)) for writer in self._writers]
@@ -152,6 +151,7 @@ class Preemption(Checkpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves, when contexts have been left and the raw weights are back."""
+        self._give_hooks_back()  # no teardown follows
         if not isinstance(exception, Preempted):
             return
         batches = _batches(trainer)

@@ -188,6 +188,41 @@ class Figures(L.Callback):
         pl_module.log("val/figure", torch.tensor(next(self.figures)))
 
 
+@pytest.mark.parametrize("minutes", [None, 60.0])
+def test_a_run_without_an_end_saves_nothing_before_it_is_told_to(tmp_path, monkeypatch, minutes):
+    saved = []
+
+    class Ends(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 12
+
+    monkeypatch.setattr(CheckpointWriter, "_write", lambda self, checkpoint, step: saved.append(step))
+    writer = CheckpointWriter(str(tmp_path), every_n_steps=None, every_minutes=minutes)
+    fit(tmp_path, writer, Ends(), max_steps=-1, max_epochs=-1)
+    assert saved == [12]
+
+
+def test_a_validation_amid_a_step_keeps_nothing_and_says_what_to_change(tmp_path, caplog):
+    """After the third of five batches; the first one comes before any step."""
+    saved = []
+
+    class Notes(CheckpointWriter):
+        def _save(self, trainer, **options):
+            saved.append(trainer.fit_loop.epoch_loop._should_accumulate())
+            super()._save(trainer, **options)
+
+    writer = Notes(str(tmp_path), every_n_steps=None, best_metric="val/figure")
+    figures = Figures(1.0 / (1 + number) for number in range(20))
+    fit(tmp_path, writer, figures, accumulate_grad_batches=4, val_check_interval=3, limit_val_batches=1, max_steps=4)
+    assert saved
+    assert not any(saved)
+    assert not (tmp_path / "best.ckpt").exists()
+    assert (
+        "change `trainer.val_check_interval` to a multiple of `trainer.accumulate_grad_batches`, which is 4"
+        in caplog.text
+    )
+
+
 @pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 4)])
 def test_the_step_with_the_best_figure_stays_and_one_that_is_no_number_never_is(tmp_path, mode, best):
     writer = CheckpointWriter(str(tmp_path), every_n_steps=100, best_metric="val/figure", best_mode=mode)

@@ -6,6 +6,11 @@ from ldm_train.callbacks.idle_hooks import BATCH_HOOKS, hide_idle_hooks, take_ov
 from tests.callbacks.toy import ToyData, ToyStage, trainer_of
 
 
+class Fails(L.Callback):
+    def on_train_batch_start(self, *_):
+        raise ZeroDivisionError
+
+
 class Idle(L.Callback):
     """Overrides nothing."""
 
@@ -71,6 +76,8 @@ def test_what_is_due_is_saved_before_it_leaves_and_without_it_too(tmp_path, is_f
     writer = Writer(str(tmp_path))
     callbacks = [Looks(), writer] if is_first else [writer, Looks()]
     for used in (callbacks, callbacks, [writer]):
+        with pytest.raises(ZeroDivisionError):  # after which Lightning tears no callback down
+            trainer_of(tmp_path, [*used, Fails()], enable_checkpointing=True).fit(ToyStage(), ToyData())
         done.clear()
         trainer_of(tmp_path, used, limit_val_batches=0, enable_checkpointing=True, max_steps=2).fit(
             ToyStage(), ToyData()
