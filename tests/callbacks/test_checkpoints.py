@@ -132,7 +132,7 @@ class OneTalkLater:
 
 @pytest.mark.parametrize(("accumulated", "steps"), [(1, [7, 14, 21, 23, 24]), (4, [3, 5, 6])])
 def test_ranks_that_learn_late_that_time_is_up_save_once(tmp_path, monkeypatch, accumulated, steps):
-    """After 66 s, a batch until all know of it, and what the step still takes; epochs of five batches end steps."""
+    """After 66 s, a batch until all know of it, and what the step still takes; epochs of six batches end steps."""
     now, saved = [0.0], []
 
     class Steps(L.Callback):
@@ -203,7 +203,7 @@ def test_a_run_without_an_end_saves_nothing_before_it_is_told_to(tmp_path, monke
 
 
 def test_a_validation_amid_a_step_keeps_nothing_and_says_what_to_change(tmp_path, caplog):
-    """After the third of five batches; the first one comes before any step."""
+    """After the third of six batches, for the first time before any step; the sixth ends one."""
     saved = []
 
     class Notes(CheckpointWriter):
@@ -216,7 +216,8 @@ def test_a_validation_amid_a_step_keeps_nothing_and_says_what_to_change(tmp_path
     fit(tmp_path, writer, figures, accumulate_grad_batches=4, val_check_interval=3, limit_val_batches=1, max_steps=4)
     assert saved
     assert not any(saved)
-    assert not (tmp_path / "best.ckpt").exists()
+    assert steps(tmp_path)["best.ckpt"] == 4
+    assert caplog.text.count("is not kept") == 2
     assert (
         "change `trainer.val_check_interval` to a multiple of `trainer.accumulate_grad_batches`, which is 4"
         in caplog.text
