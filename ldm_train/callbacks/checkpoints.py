@@ -52,7 +52,8 @@ class CheckpointWriter(Checkpoint):
         every_minutes: minutes after a save at which the next one is due, whatever the steps; null for none.
         keep_every_n_steps: optimizer steps between checkpoints that are kept for good; null keeps none.
         keep_every_images: or images seen, whatever the batch size; null keeps none.
-        best_metric: the figure, such as `val/loss`, whose best step is kept; judged after each validation. null: none.
+        best_metric: the figure, such as `val/loss`, whose best step is kept; judged after each validation but one
+            amid the accumulation of a step. null: none.
         best_mode: whether the smallest or the largest figure is the best.
 
     Attributes:
